@@ -1,0 +1,265 @@
+"""The DSpark draft module: parallel backbone with KV injection, Markov head, confidence head (DFlash = markov_rank 0).
+
+Knows: the drafter's mathematics (paper section 3) and the names its weights have in a DeepSpec checkpoint.
+Refuses to know: how it is trained, stored, compiled or scheduled.
+
+Legend: B sequences, S context positions, A anchors a sequence, G block size (gamma), d hidden size, V target vocabulary,
+V_d draft vocabulary (V, or a trimmed subset), r Markov rank, L context feature layers, R requests.
+
+Slot layout (the top bug of every peer): the block is [anchor, mask x (G-1)] at positions p .. p+G-1, p the anchor's
+position; slot k (from 0) predicts the token at p+k+1; context features of positions < p are injected as keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .target import DecoderConfig, DecoderLayer, RMSNorm, check_layer_ids, rotate
+
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A draft module for one target. `decoder.num_hidden_layers` is the drafter's depth."""
+
+    decoder: DecoderConfig
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    markov_rank: int = 0
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+    draft_vocab_size: int | None = None
+    num_anchors: int = 512
+
+    def __post_init__(self) -> None:
+        check_layer_ids(self.target_layer_ids, self.num_target_layers)
+        if not self.target_layer_ids:
+            raise ValueError("target_layer_ids is empty; name at least one target layer (or -1, the embedding output).")
+        if not 1 <= self.block_size <= 64:
+            raise ValueError(f"block_size is {self.block_size}; it must lie in 1..64.")
+        if self.markov_rank < 0:
+            raise ValueError(f"markov_rank is {self.markov_rank}; it must be 0 (DFlash) or more.")
+        if self.markov_rank and self.markov_head_type not in MARKOV_HEADS:
+            raise ValueError(f"markov_head_type is {self.markov_head_type!r}; it must be one of {', '.join(MARKOV_HEADS)}.")
+        if not 0 <= self.mask_token_id < self.decoder.vocab_size:
+            raise ValueError(f"mask_token_id is {self.mask_token_id}; it must lie in 0..{self.decoder.vocab_size - 1}.")
+        if self.confidence_head_with_markov and self.enable_confidence_head and not self.markov_rank:
+            raise ValueError("confidence_head_with_markov is true but markov_rank is 0; there is no Markov embedding.")
+        if not 1 <= self.vocab_out <= self.decoder.vocab_size:
+            raise ValueError(f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.decoder.vocab_size}.")
+
+    @property
+    def vocab_out(self) -> int:
+        """V_d."""
+        return self.draft_vocab_size or self.decoder.vocab_size
+
+
+class MarkovHead(nn.Module):
+    """Sequential head: a rank-r bias on slot k's logits from the token before it (paper section 3.1).
+
+    vanilla: W2 W1[x]; gated: W2 (sigmoid(Wg [h; W1[x]]) * W1[x]); rnn: a GRU-like state over the block's prefix.
+    W1 has a row for every target token (the anchor can be any), W2 one for every draft token.
+    """
+
+    def __init__(self, c: DraftConfig):
+        super().__init__()
+        self.kind, self.rank = c.markov_head_type, c.markov_rank
+        d = c.decoder.hidden_size
+        self.markov_w1 = nn.Embedding(c.decoder.vocab_size, self.rank)
+        self.markov_w2 = nn.Linear(self.rank, c.vocab_out, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(d + self.rank, self.rank)
+        elif self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * self.rank + d, 3 * self.rank)
+
+    def embed(self, previous: Tensor) -> Tensor:
+        """previous [...] target ids -> [..., r]."""
+        return self.markov_w1(previous)
+
+    def step(self, state: Tensor, embedding: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """One slot: state [..., r], embedding [..., r], hidden [..., d] -> (new state [..., r], latent [..., r]).
+
+        The slot's logit bias is markov_w2(latent); only the rnn head uses the state.
+        """
+        if self.kind == "vanilla":
+            return state, embedding
+        if self.kind == "gated":
+            return state, torch.sigmoid(self.gate_proj(torch.cat([hidden, embedding], dim=-1))) * embedding
+        gate, candidate, out = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1)).chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        return gate * state + (1 - gate) * torch.tanh(candidate), torch.tanh(out)
+
+    def block_latents(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """Teacher-forced block: embeddings [..., G, r], hidden [..., G, d] -> latents [..., G, r]."""
+        if self.kind != "rnn":
+            return self.step(embeddings, embeddings, hidden)[1]
+        state, latents = torch.zeros_like(embeddings[..., 0, :]), []
+        for k in range(embeddings.shape[-2]):
+            state, latent = self.step(state, embeddings[..., k, :], hidden[..., k, :])
+            latents.append(latent)
+        return torch.stack(latents, dim=-2)
+
+
+class ConfidenceHead(nn.Module):
+    """c_k = w [h_k; W1[x_{k-1}]] + b, a logit: chance that slot k is accepted given that all before it were."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """One sampled block: tokens [R, G] (target ids), logits [R, G, V_d] (corrected), confidence logits [R, G] or None."""
+
+    tokens: Tensor
+    logits: Tensor
+    confidence: Tensor | None
+
+
+class DraftModel(nn.Module):
+    """The draft module. Weight names are those of a DeepSpec checkpoint, plus `d2t` [V_d] int64 when the draft
+    vocabulary is trimmed (EAGLE-3's convention: target id of draft token i = i + d2t[i])."""
+
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        c, dec = config, config.decoder
+        self.config = config
+        self.embed_tokens = nn.Embedding(dec.vocab_size, dec.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(dec) for _ in range(dec.num_hidden_layers))
+        self.norm = RMSNorm(dec.hidden_size, dec.rms_norm_eps)
+        self.fc = nn.Linear(len(c.target_layer_ids) * dec.hidden_size, dec.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(dec.hidden_size, dec.rms_norm_eps)
+        self.lm_head = nn.Linear(dec.hidden_size, c.vocab_out, bias=False)
+        self.markov_head = MarkovHead(c) if c.markov_rank else None
+        self.confidence_head = None
+        if c.enable_confidence_head:
+            width = dec.hidden_size + (c.markov_rank if c.confidence_head_with_markov else 0)
+            self.confidence_head = ConfidenceHead(width)
+        if c.vocab_out < dec.vocab_size:
+            self.register_buffer("d2t", torch.zeros(c.vocab_out, dtype=torch.int64))
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def draft_to_target(self) -> Tensor:
+        """[V_d] int64: the target id of each draft token."""
+        ids = torch.arange(self.config.vocab_out)
+        return ids + self.d2t if hasattr(self, "d2t") else ids
+
+    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [>= positions, D/2] float32."""
+        if self._rope is None or self._rope[0].shape[0] < positions:
+            self._rope = self.config.decoder.rope.tables(self.config.decoder.head_dim, max(positions, 512))
+        return self._rope
+
+    def block_ids(self, anchors: Tensor) -> Tensor:
+        """anchors [...] -> [..., G]: the anchor, then mask tokens."""
+        ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
+        ids[..., 0] = anchors
+        return ids
+
+    def backbone(self, features: Tensor, anchors: Tensor, anchor_positions: Tensor, keep: Tensor | None = None) -> Tensor:
+        """All blocks of a batch in one pass (paper section 3.1; training, and the reference for the engine).
+
+        features [B, S, L*d] of positions 0..S-1 (a block sees those before its anchor), anchors [B, A] ids,
+        anchor_positions [B, A] (<= S), keep [B, A] bool or None. Returns the normed hidden states [B, A, G, d].
+        """
+        B, S, _ = features.shape
+        A, G = anchors.shape[1], self.config.block_size
+        context = self.hidden_norm(self.fc(features))
+        positions = anchor_positions[..., None] + torch.arange(G)
+        cos, sin = self.rope_tables(max(S, int(positions.max()) + 1))
+        cos_c, sin_c = cos[:S, None], sin[:S, None]
+        cos_b, sin_b = cos[positions].flatten(1, 2)[:, :, None], sin[positions].flatten(1, 2)[:, :, None]
+        sees = torch.arange(S) < anchor_positions[..., None]
+        if keep is not None:
+            sees = sees & keep[..., None]
+        bias = torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))  # [B, A, S]
+        x = self.embed_tokens(self.block_ids(anchors)).flatten(1, 2)  # [B, A*G, d]
+        for layer in self.layers:
+            h, attn = layer.input_layernorm(x), layer.self_attn
+            q = rotate(attn.queries(h), cos_b, sin_b)
+            k_block, v_block = rotate(attn.keys(h), cos_b, sin_b), attn.values(h)
+            k_context, v_context = rotate(attn.keys(context), cos_c, sin_c), attn.values(context)
+            o = block_attention(q, k_context, v_context, k_block, v_block, bias, G)
+            x = x + attn.o_proj(o)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x).unflatten(1, (A, G))
+
+    def corrected_logits(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Teacher-forced: hidden [..., G, d], previous [..., G] (token before each slot) ->
+        (logits [..., G, V_d], confidence logits [..., G] or None)."""
+        logits, embeddings = self.lm_head(hidden), None
+        if self.markov_head is not None:
+            embeddings = self.markov_head.embed(previous)
+            logits = logits + self.markov_head.markov_w2(self.markov_head.block_latents(embeddings, hidden))
+        return logits, self.confidence(hidden, embeddings)
+
+    def confidence(self, hidden: Tensor, embeddings: Tensor | None) -> Tensor | None:
+        """hidden [..., G, d], Markov embeddings [..., G, r] of the token before each slot -> logits [..., G]."""
+        if self.confidence_head is None:
+            return None
+        if self.config.confidence_head_with_markov:
+            hidden = torch.cat([hidden, embeddings.to(hidden.dtype)], dim=-1)
+        return self.confidence_head(hidden).float()
+
+    def sample_block(self, hidden: Tensor, anchors: Tensor, temperature: Tensor, uniforms: Tensor) -> DraftBlock:
+        """The sequential head: hidden [R, G, d], anchors [R], temperature [R] (0 = greedy), uniforms [R, G] in [0, 1).
+
+        Inverse-CDF sampling, one uniform a slot: the same rule as the markov engine.
+        """
+        base, to_target = self.lm_head(hidden), self.draft_to_target()
+        previous, tokens, rows, embeddings = anchors, [], [], []
+        state = base.new_zeros(anchors.shape[0], max(self.config.markov_rank, 1))
+        for k in range(self.config.block_size):
+            logits = base[:, k]
+            if self.markov_head is not None:
+                embedding = self.markov_head.embed(previous)
+                state, latent = self.markov_head.step(state, embedding, hidden[:, k])
+                logits = logits + self.markov_head.markov_w2(latent)
+                embeddings.append(embedding)
+            previous = to_target[sample_inverse_cdf(logits, temperature, uniforms[:, k])]
+            tokens.append(previous)
+            rows.append(logits)
+        stacked = torch.stack(embeddings, dim=1) if embeddings else None
+        return DraftBlock(torch.stack(tokens, 1), torch.stack(rows, 1), self.confidence(hidden, stacked))
+
+
+def block_attention(
+    q: Tensor, k_context: Tensor, v_context: Tensor, k_block: Tensor, v_block: Tensor, bias: Tensor, G: int
+) -> Tensor:
+    """Each block attends its visible context and, in both directions, itself.
+
+    q [B, A*G, H, D], k/v_context [B, S, H_kv, D], k/v_block [B, A*G, H_kv, D], bias [B, A, S] (0 or -inf).
+    Returns [B, A*G, H*D]. Blocks never meet, so the [A*G, A*G] part is kept block-diagonal.
+    """
+    B, T, H, D = q.shape
+    S, groups, A = k_context.shape[1], H // k_context.shape[2], T // G
+    heads = lambda x: x.repeat_interleave(groups, dim=2).transpose(1, 2) if groups > 1 else x.transpose(1, 2)
+    q = q.transpose(1, 2) * D**-0.5  # [B, H, T, D]
+    k_context, v_context = heads(k_context), heads(v_context)
+    k_block, v_block = heads(k_block).unflatten(2, (A, G)), heads(v_block).unflatten(2, (A, G))
+    to_context = (q @ k_context.transpose(-1, -2)).unflatten(2, (A, G)) + bias[:, None, :, None].to(q.dtype)
+    to_block = q.unflatten(2, (A, G)) @ k_block.transpose(-1, -2)  # [B, H, A, G, G]
+    weights = F.softmax(torch.cat([to_context, to_block], dim=-1).float(), dim=-1).to(q.dtype)
+    o = weights[..., :S].flatten(2, 3) @ v_context + (weights[..., S:] @ v_block).flatten(2, 3)
+    return o.transpose(1, 2).flatten(2)
+
+
+def sample_inverse_cdf(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:
+    """logits [R, V], temperature [R], uniforms [R] -> [R] ids; temperature 0 takes the argmax."""
+    greedy = temperature <= 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    cdf = torch.softmax(scaled, dim=-1).cumsum(dim=-1)
+    drawn = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return torch.where(greedy, logits.argmax(dim=-1), drawn)
