@@ -1,0 +1,86 @@
+# Two commands matter: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+VENV ?= .venv
+MODEL := build/models/smollm2-135m-instruct
+TARGET ?= $(MODEL)
+DRAFT ?= training/heads/smollm2-135m-instruct
+DTYPE ?= int8
+BUNDLE ?= build/bundles/$(notdir $(patsubst %/,%,$(TARGET)))-$(DTYPE)
+PROMPTS ?=
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+TORCH_INDEX ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
+BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
+
+.PHONY: help venv model demo test export serve train bench acceptance equality clean
+
+help: ## list the targets and the variables
+	@echo "Targets (make TARGET [VARIABLE=value ...]):"
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables:"
+	@echo "  PYTHON=$(PYTHON)            Python 3.11 or 3.12, used once to make $(VENV)"
+	@echo "  TORCH_INDEX=                extra package index URL for torch (a CPU-only wheel is 10 times smaller)"
+	@echo "  TARGET=$(TARGET)   Hugging Face folder of the target model"
+	@echo "  DRAFT=$(DRAFT)    DeepSpec folder of the DSpark head"
+	@echo "  DTYPE=$(DTYPE)                  fp32 or int8"
+	@echo "  BUNDLE=$(BUNDLE)"
+	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"
+	@echo "  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT)   of make serve, on 127.0.0.1"
+	@echo "  ARGS=                       passed on to the target's command"
+
+venv: $(STAMP) ## make .venv and install the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
+	  { echo "'$(PYTHON)' is not a Python 3.11 or 3.12 with the venv module; name one: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11"; exit 1; }
+	@mkdir -p build
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "venv: installing the pinned packages into $(VENV) (1 to 5 minutes; log: build/venv.log)"
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[serve,train,test]' 2>&1 | tee build/venv.log | \
+	  awk -v tty="$$(test -t 1 && echo 1)" '!tty{next} /^Collecting/{n++; printf "\r\033[K  %d packages found: %s", n, $$2; fflush()} \
+	    /^Installing collected/{printf "\r\033[K  installing %d packages", n; fflush()} END{if(tty) printf "\r\033[K"}' || \
+	  { grep -m 3 ^ERROR build/venv.log || tail -n 5 build/venv.log; echo "venv: the installation failed; see build/venv.log"; exit 1; }
+	@touch $@
+
+model: $(STAMP) ## fetch SmolLM2-135M-Instruct and convert it once
+	@$(PY) -m training fetch --out $(MODEL)
+
+demo: $(NEEDS) ## the whole way: model, head, bundle, Triton server, streamed text, a table
+	@$(PY) -m benchmarks.demo $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+test: model ## the default test suite (ARGS="-m slow" for the slow part)
+	@$(PY) -m pytest -q $(ARGS)
+
+export: $(NEEDS) ## compile TARGET and DRAFT into BUNDLE
+	@$(PY) -m export --target $(TARGET) --draft $(DRAFT) --out $(BUNDLE) --dtype $(DTYPE) $(ARGS)
+
+serve: $(NEEDS) ## serve BUNDLE on a real Triton server until Ctrl-C
+	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
+	@$(PY) -m triton_repo serve --bundle $(BUNDLE) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
+
+train: $(NEEDS) ## make the shipped head again (hours on a laptop)
+	@$(PY) -m training train --target $(TARGET) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+bench: $(NEEDS) ## throughput and latency, in process and over gRPC (2 to 3 minutes; ARGS=--full for more)
+	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+acceptance: $(NEEDS) ## acceptance length and per position of PROMPTS, greedy and at temperature 1
+	@$(PY) -m benchmarks.acceptance $(BUNDLE_ARGS) $(foreach file,$(PROMPTS),--prompts $(file)) $(ARGS)
+
+equality: $(NEEDS) ## greedy output with and without the draft, over 200 prompts in batches of 1, 3 and 8
+	@$(PY) -m benchmarks.equality $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+clean: ## delete build/ (the venv stays)
+	rm -rf build

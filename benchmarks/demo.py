@@ -1,0 +1,156 @@
+"""The demo: a real model, its DSpark head, a real Triton server, streamed text, and what the draft brings.
+
+Knows: what a newcomer is shown and in which order. Refuses to know: how the server starts, how text is streamed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.table import Table
+
+from triton_repo.runtime import Ports, ServerError
+from triton_repo.server import TritonServer
+
+from . import bundle as bundles
+from .common import console_for_tables, Item, median, OWN_PROMPTS, percent, read_items, write_result
+from .remote import Answer, Remote
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def compare(remote: Remote, item: Item, *, max_tokens: int, repeats: int, progress=lambda: None) -> dict:
+    """One prompt, greedy, with and without the draft in turn: `repeats` runs each after one warm-up each."""
+    runs: dict[bool, list[Answer]] = {True: [], False: []}
+    for number in range(repeats + 1):
+        for speculative in (True, False):
+            answer = remote.ask(item.messages, max_tokens=max_tokens, speculative=speculative)
+            if number:  # the first is the warm-up
+                runs[speculative].append(answer)
+            progress()
+    dspark, target = runs[True][0], runs[False][0]
+    same = {tuple(a.timing.tokens) for answers in runs.values() for a in answers}
+    speed = {side: median(a.tok_s for a in runs[side]) for side in runs}
+    return {
+        "name": item.name,
+        "prompt": item.messages[-1]["content"],
+        "text": dspark.text,
+        "finish_reason": dspark.timing.finish_reason,
+        "num_input_tokens": dspark.num_input_tokens,
+        "output_tokens": len(dspark.timing.tokens),
+        "rounds": dspark.num_rounds,
+        "acceptance_length": round(dspark.acceptance_length, 4),
+        "acceptance_per_position": [round(x, 4) for x in dspark.per_position],
+        "tok_s_dspark": round(speed[True], 2),
+        "tok_s_target": round(speed[False], 2),
+        "speed_ratio": round(speed[True] / speed[False], 4),
+        "ttft_ms_dspark": round(1e3 * median(a.timing.first_token for a in runs[True]), 2),
+        "ttft_ms_target": round(1e3 * median(a.timing.first_token for a in runs[False]), 2),
+        "identical": len(same) == 1,
+        "first_difference": None if len(same) == 1 else first_difference(dspark.timing.tokens, target.timing.tokens),
+        "runs_tok_s": {"dspark": [round(a.tok_s, 2) for a in runs[True]], "target": [round(a.tok_s, 2) for a in runs[False]]},
+    }
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    """Index of the first token in which two outputs differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def summary(rows: list[dict]) -> dict:
+    """Over all prompts: rounds pooled for the acceptance length, the median of the speed ratios."""
+    rounds = sum(r["rounds"] for r in rows)
+    pooled = sum(r["acceptance_length"] * r["rounds"] for r in rows) / rounds if rounds else 1.0
+    return {
+        "acceptance_length": round(pooled, 4),
+        "tok_s_dspark": round(median(r["tok_s_dspark"] for r in rows), 2),
+        "tok_s_target": round(median(r["tok_s_target"] for r in rows), 2),
+        "speed_ratio": round(median(r["speed_ratio"] for r in rows), 4),
+        "identical": all(r["identical"] for r in rows),
+    }
+
+
+def table(rows: list[dict]) -> Table:
+    shown = Table(title="Greedy, one stream, through Triton; medians of interleaved runs")
+    for name in ("prompt", "output tokens", "acceptance length", "per position %", "DSpark tok/s", "target tok/s", "ratio", "identical"):
+        shown.add_column(name, justify="left" if name in ("prompt", "per position %", "identical") else "right")
+    for r in rows:
+        shown.add_row(r["name"], str(r["output_tokens"]), f"{r['acceptance_length']:.2f}", percent(r["acceptance_per_position"]),
+                      f"{r['tok_s_dspark']:.1f}", f"{r['tok_s_target']:.1f}", f"{r['speed_ratio']:.2f}",
+                      "yes" if r["identical"] else f"no, from token {r['first_difference']}")
+    s = summary(rows)
+    shown.add_section()
+    shown.add_row("all", str(sum(r["output_tokens"] for r in rows)), f"{s['acceptance_length']:.2f}", "",
+                  f"{s['tok_s_dspark']:.1f}", f"{s['tok_s_target']:.1f}", f"{s['speed_ratio']:.2f}", "yes" if s["identical"] else "no")
+    return shown
+
+
+def stream_all(console: Console, remote: Remote, items: list[Item], max_tokens: int) -> None:
+    """Every answer as it comes."""
+    for item in items:
+        console.print(Panel(item.messages[-1]["content"], title=item.name, title_align="left", border_style="cyan"))
+        show = lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        answer = remote.ask(item.messages, max_tokens=max_tokens, speculative=True, on_text=show)
+        console.print(f"\n[dim]{len(answer.timing.tokens)} tokens, {answer.timing.finish_reason}, "
+                      f"{answer.acceptance_length:.2f} tokens a target pass[/]\n")
+
+
+@app.command()
+def main(
+    target: bundles.TargetOption = bundles.TARGET,
+    draft: bundles.DraftOption = bundles.DRAFT,
+    bundle: bundles.BundleOption = bundles.BUNDLE,
+    dtype: bundles.DtypeOption = "int8",
+    prompts: Annotated[Path, typer.Option(help="JSONL with prompt, messages or turns")] = OWN_PROMPTS,
+    limit: Annotated[int, typer.Option(help="prompts to use")] = 5,
+    max_tokens: Annotated[int, typer.Option(help="of each answer")] = 160,
+    repeats: Annotated[int, typer.Option(help="measured runs of each kind")] = 3,
+    out: Path = Path("build/demo.json"),
+) -> None:
+    """Streams a few answers from a Triton server and measures them with the draft and without."""
+    items = read_items(prompts, limit)
+    manifest = bundles.ensure(target, draft, bundle, dtype)
+    console = console_for_tables(record=True)
+    started = time.perf_counter()
+    server = TritonServer(bundle, ports=Ports(0, 0, 0), say=lambda sentence: None)
+    try:
+        with console.status("starting tritonserver"):
+            try:
+                server.start()
+            except ServerError as error:
+                bundles.fail(str(error))
+        console.print(f"tritonserver ready in {time.perf_counter() - started:.1f} s, gRPC on {server.grpc_url}, "
+                      f"{manifest['target']['name']} {dtype} with a draft of {manifest['draft']['block_size']} tokens a block\n",
+                      soft_wrap=True)
+        with Remote(server.grpc_url) as remote:
+            stream_all(console, remote, items, max_tokens)
+            rows = []
+            with Progress(console=console_for_tables(), transient=True, disable=not console.is_terminal) as bar:
+                task = bar.add_task("measuring, with and without the draft in turn", total=len(items) * 2 * (repeats + 1))
+                if not console.is_terminal:
+                    console.print("measuring, with and without the draft in turn")
+                for item in items:
+                    rows.append(compare(remote, item, max_tokens=max_tokens, repeats=repeats, progress=lambda: bar.advance(task)))
+    finally:
+        with console.status("stopping tritonserver"):
+            server.stop()
+    shutil.rmtree(server.folder, ignore_errors=True)
+    console.print(table(rows))
+    write_result(out, {
+        "target": manifest["target"]["name"], "dtype": dtype, "block_size": manifest["draft"]["block_size"],
+        "max_tokens": max_tokens, "repeats": repeats, "temperature": 0.0, "identical": all(r["identical"] for r in rows),
+        "summary": summary(rows), "prompts": rows,
+    })
+    console.print(f"written: {out}", soft_wrap=True)
+    out.with_suffix(".txt").write_text(console.export_text())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The decode round: requests, batching, drafting, scheduling, verification, detokenisation."""

@@ -1,0 +1,108 @@
+"""`python -m decoding`: decode prompts from a file, and check that speculation changes nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import engines
+from engines import BundleError
+
+from .compare import compare as compare_runs
+from .generate import load_tokenizer, read_answers, run
+from .loop import Loop
+from .request import SamplingParams
+from .schedule import make
+
+app = typer.Typer(help="Decoding with a bundle.", no_args_is_help=True, add_completion=False)
+
+BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that holds manifest.json.")]
+
+
+def _fail(error: Exception | str) -> typer.Exit:
+    print(error, file=sys.stderr)
+    return typer.Exit(1)
+
+
+@app.command()
+def generate(
+    bundle: BundleOption,
+    input: Annotated[Path, typer.Option("--input", help="JSONL: {prompt | messages | input_ids, id?, max_tokens?, ...}.")],
+    output: Annotated[Path, typer.Option("--output", help="JSONL, one line for each input line, in its order.")],
+    schedule: Annotated[str, typer.Option(help="none, fixed or threshold.")] = "fixed",
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Line i (from 0) without a seed of its own uses seed + i.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="New tokens a line may get at most.")] = 128,
+    threshold: Annotated[Optional[float], typer.Option(help="Least confidence for --schedule threshold (0.5).")] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests decoded at once.")] = 16,
+    token_budget: Annotated[int, typer.Option(help="Tokens of one target pass.")] = 512,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max_tokens.")] = False,
+    threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Write the run's metrics to this JSON file.")] = None,
+) -> None:
+    """Decodes every line of INPUT into OUTPUT. A line that is refused gives {"error": ...} and the others go on.
+
+    Exit code 0, or 1 when the bundle or a file cannot be read, an option is out of range, or every line failed.
+    """
+    try:
+        loaded = engines.load(bundle, threads=threads)
+        loop = Loop(loaded, make(schedule, threshold), max_requests=max_requests, token_budget=token_budget)
+        tokenizer = load_tokenizer(loaded)
+        defaults = SamplingParams(max_tokens, temperature, seed, ignore_eos)
+        answers = read_answers(input, tokenizer, defaults)
+        summary = run(loop, answers, output, tokenizer)
+    except (BundleError, OSError, ValueError) as error:
+        raise _fail(error) from None
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"bundle": str(bundle), "schedule": schedule, **summary}, indent=1) + "\n")
+    print(
+        f"{summary['requests']} requests ({summary['refused']} failed), {summary['output_tokens']} tokens in "
+        f"{summary['seconds']:.1f} s, {summary['tokens_per_second']:.1f} tok/s, acceptance length "
+        f"{summary['acceptance_length']:.2f}, {summary['share_outside_engines']:.0%} of the time outside engines",
+        file=sys.stderr,
+    )
+    if answers and summary["refused"] == len(answers):
+        raise _fail(f"every line failed; the first: {answers[0].error}")
+
+
+@app.command()
+def compare(
+    bundle: BundleOption,
+    prompts: Annotated[Path, typer.Option(help="JSONL as for generate.")],
+    batch: Annotated[str, typer.Option(help="Requests at once, several runs: 1,3,8.")] = "1,3,8",
+    schedule: Annotated[str, typer.Option(help="fixed or threshold.")] = "fixed",
+    threshold: Annotated[Optional[float], typer.Option(help="Least confidence for --schedule threshold (0.5).")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of a prompt at most.")] = 64,
+    limit: Annotated[int, typer.Option(help="Prompts taken from the file; 0 = all.")] = 0,
+    near_tie: Annotated[float, typer.Option(help="A difference under this gap of the top two logits is a near-tie.")] = 1e-4,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max_tokens.")] = False,
+    threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Write the result to this JSON file.")] = None,
+) -> None:
+    """Greedy decoding with the draft against the target alone, token for token, in batches of several sizes.
+
+    Exit code 0 when every difference is a near-tie, else 1.
+    """
+    try:
+        sizes = [int(size) for size in batch.split(",")]
+        loaded = engines.load(bundle, threads=threads)
+        defaults = SamplingParams(max_tokens, ignore_eos=ignore_eos)
+        answers = read_answers(prompts, load_tokenizer(loaded), defaults)
+        result = compare_runs(loaded, answers[: limit or None], sizes, make(schedule, threshold), near_tie)
+    except (BundleError, OSError, ValueError) as error:
+        raise _fail(error) from None
+    print(json.dumps(result, indent=1))
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"bundle": str(bundle), **result}, indent=1) + "\n")
+    if result["different"]:
+        raise _fail(f"{result['different']} outputs differ by more than a near-tie of {near_tie:g}.")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""Packing: ragged per-request work into the index tensors of the target and backbone engines.
+
+Knows: docs/structures.md's layouts. Refuses to know: requests, why a token is fed, what comes of it.
+
+Legend: N packed tokens, R requests, Q padded query slots a request, C cache capacity, G block size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import ndarray
+
+from engines.base import BackboneBatch, TargetBatch
+
+
+def pack_target(
+    tokens: list[list[int]], lengths: ndarray, logit_counts: ndarray, capacity: int, max_context: int, first_row: int = 0
+) -> tuple[TargetBatch, ndarray, ndarray]:
+    """`tokens[r]` (may be empty) behind `lengths` [R] cached positions; logits wanted for the last `logit_counts` [R] of them.
+
+    Returns (batch, starts [R]: packed row of each request's first token, logit_starts [R]: row of its first logits).
+    Empty slots have pad_index 0 and write garbage behind a request's own tokens, which the next pass overwrites.
+    """
+    counts = np.array([len(t) for t in tokens], np.int64)
+    Q = int(counts.max())
+    starts, slots = np.cumsum(counts) - counts, np.arange(Q)
+    used = slots < counts[:, None]
+    positions = lengths[:, None] + slots
+    logit_starts = np.cumsum(logit_counts) - logit_counts
+    last = (starts + counts - logit_counts).repeat(logit_counts)  # first logit row of each request, per logit row
+    within = np.arange(int(logit_counts.sum())) - logit_starts.repeat(logit_counts)
+    batch = TargetBatch(
+        token_ids=np.array([t for row in tokens for t in row], np.int64),
+        pad_index=np.where(used, starts[:, None] + slots, 0),
+        pack_index=np.flatnonzero(used),
+        position_ids=np.minimum(positions, max_context - 1),
+        write_index=lengths,
+        mask=(np.arange(capacity) <= positions[:, :, None])[:, None],
+        logit_rows=last + within,
+        first_row=first_row,
+    )
+    return batch, starts, logit_starts
+
+
+def pack_backbone(
+    features: list[list[ndarray]], counts: ndarray, lengths: ndarray, anchors: ndarray, G: int, capacity: int, max_context: int
+) -> BackboneBatch:
+    """New context `features[r]` (pieces [.., L*d], `counts` [R] rows in all) behind `lengths` [R] injected positions, then
+    the block of `anchors` [R] (token ids). A block sees all of its context and, in both directions, itself."""
+    R, Q = len(anchors), int(counts.max()) + G
+    F = int(counts.sum())
+    starts, slots = np.cumsum(counts) - counts, np.arange(Q)
+    block = slots - counts[:, None]  # slot within the block, where 0 <= block < G
+    block_rows = F + np.arange(R)[:, None] * G + block
+    pad_index = np.where(block < 0, starts[:, None] + slots, np.where(block < G, block_rows, 0))
+    ends = lengths + counts  # the anchor's position
+    return BackboneBatch(
+        features=np.concatenate([piece for pieces in features for piece in pieces]),
+        anchor_ids=anchors,
+        pad_index=pad_index,
+        position_ids=np.minimum(lengths[:, None] + slots, max_context - 1),
+        block_position_ids=np.minimum(ends[:, None] + np.arange(G), max_context - 1),
+        write_index=lengths,
+        mask=np.broadcast_to((np.arange(capacity) < (ends + G)[:, None])[:, None, None], (R, 1, G, capacity)),
+    )

@@ -1,0 +1,69 @@
+"""Linear key-value caches of one engine: buffers [rows, H_kv, capacity, D] that grow and shrink in steps.
+
+Knows: memory and its layout. Refuses to know: what the positions mean, who writes them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import ndarray
+
+SMALLEST = 256
+PATIENCE = 64  # consecutive calls that a smaller capacity would have served before the caches shrink to it
+
+
+def bucket(length: int) -> int:
+    """The smallest capacity that holds `length` positions: multiples of 256, of an eighth of the length's power of two
+    above 2048. Attention reads all C positions, so steps are fine; growth copies, so they are not finer."""
+    step = max(SMALLEST, 1 << max((length - 1).bit_length() - 3, 0))
+    return max(SMALLEST, -(-length // step) * step)
+
+
+class Caches:
+    """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Contiguous rows are contiguous memory,
+    so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do."""
+
+    def __init__(self, count: int, heads: int, head_dim: int, dtype: str = "float32"):
+        self.heads, self.head_dim, self.dtype = heads, head_dim, np.dtype(dtype)
+        self.rows, self.capacity, self.generation = 1, SMALLEST, 0
+        self._idle, self._wanted = 0, 0
+        self.tensors = [self._empty(1, SMALLEST) for _ in range(count)]
+
+    def _empty(self, rows: int, capacity: int) -> ndarray:
+        # Zeros, never uninitialised memory: a masked position holding NaN would still poison the softmax's product.
+        return np.zeros((rows, self.heads, capacity, self.head_dim), self.dtype)
+
+    def ensure(self, rows: int, length: int) -> None:
+        """Holds `rows` rows of `length` positions, keeping the first positions of every row that stays.
+
+        Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
+        """
+        capacity = bucket(length)
+        if capacity < self.capacity:
+            self._idle += 1
+            self._wanted = max(self._wanted, capacity)
+            capacity = self._wanted if self._idle >= PATIENCE and self._wanted < self.capacity else self.capacity
+        else:
+            self._idle, self._wanted = 0, 0
+        wanted = self.rows if rows <= self.rows else 1 << (rows - 1).bit_length()
+        if capacity == self.capacity and wanted == self.rows:
+            return
+        self._idle, self._wanted = 0, 0
+        keep, common = min(self.rows, rows), min(self.capacity, capacity)
+        for i, old in enumerate(self.tensors):  # one at a time, so that the peak is one tensor more
+            new = self._empty(wanted, capacity)
+            new[:keep, :, :common] = old[:keep, :, :common]
+            self.tensors[i] = new
+        self.rows, self.capacity = wanted, capacity
+        self.generation += 1
+
+    def move_row(self, source: int, destination: int, length: int) -> None:
+        """Copies the first `length` positions of row `source` over row `destination`."""
+        if source == destination or length == 0:
+            return
+        for tensor in self.tensors:
+            tensor[destination, :, :length] = tensor[source, :, :length]
+
+    def view(self, index: int, first_row: int, rows: int) -> ndarray:
+        """[rows, H_kv, capacity, D] of cache `index`, contiguous, no copy."""
+        return self.tensors[index][first_row : first_row + rows]

@@ -1,0 +1,208 @@
+"""The five engines on ONNX Runtime (CPU): caches updated in place, outputs written into reused buffers.
+
+Knows: sessions, I/O binding, threads. Refuses to know: requests, sampling, schedules.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy import ndarray
+
+from .base import (
+    BackboneBatch,
+    BackboneResult,
+    ConfidenceBatch,
+    ConfidenceResult,
+    MarkovBatch,
+    MarkovResult,
+    TargetBatch,
+    TargetResult,
+    VerifyBatch,
+    VerifyResult,
+    additive_mask,
+)
+from .bundle import Bundle, BundleError, EngineSpec, TensorSpec
+from .caches import Caches
+
+_ORT_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+
+
+class OnnxRuntimeEngines:
+    """`engines.base.Engines` on ONNX Runtime. `threads`: intra-op threads, None = the physical cores this process may use."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, log_severity: int = 3):
+        t, d = bundle.target, bundle.draft
+        self.bundle = bundle
+        options = session_options(threads or physical_cores(), log_severity)
+        self.target_caches = Caches(2 * t.num_layers, t.num_kv_heads, t.head_dim, _cache_dtype(bundle.engines["target"]))
+        self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, _cache_dtype(bundle.engines["backbone"]))
+        caches = {"target": self.target_caches, "backbone": self.draft_caches}
+        self._graphs = {
+            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name)) for name, spec in bundle.engines.items()
+        }
+        self._mask_dtype = {n: _input(bundle.engines[n], "mask").dtype for n in ("target", "backbone")}
+
+    @property
+    def target_capacity(self) -> int:
+        return self.target_caches.capacity
+
+    @property
+    def draft_capacity(self) -> int:
+        return self.draft_caches.capacity
+
+    def target(self, batch: TargetBatch) -> TargetResult:
+        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype["target"])}
+        first_row = feeds.pop("first_row")
+        return TargetResult(**self._graphs["target"].run(feeds, first_row))
+
+    def backbone(self, batch: BackboneBatch) -> BackboneResult:
+        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype["backbone"])}
+        return BackboneResult(**self._graphs["backbone"].run(feeds))
+
+    def markov(self, batch: MarkovBatch) -> MarkovResult:
+        return MarkovResult(**self._graphs["markov"].run(batch.__dict__))
+
+    def confidence(self, batch: ConfidenceBatch) -> ConfidenceResult:
+        return ConfidenceResult(**self._graphs["confidence"].run(batch.__dict__))
+
+    def verify(self, batch: VerifyBatch) -> VerifyResult:
+        return VerifyResult(**self._graphs["verify"].run(batch.__dict__))
+
+    def ensure_capacity(self, rows: int, length: int) -> None:
+        self.target_caches.ensure(rows, length)
+        self.draft_caches.ensure(rows, length)
+
+    def move_row(self, source: int, destination: int, target_length: int, draft_length: int) -> None:
+        self.target_caches.move_row(source, destination, target_length)
+        self.draft_caches.move_row(source, destination, draft_length)
+
+    def close(self) -> None:
+        self._graphs.clear()
+        self.target_caches.tensors.clear()
+        self.draft_caches.tensors.clear()
+
+
+class Graph:
+    """One session. Small inputs are bound at each call by address; caches once per (first row, rows, generation), as
+    input and output on the same memory; other outputs go to buffers that are kept and only grow."""
+
+    def __init__(self, path: Path, spec: EngineSpec, options: ort.SessionOptions, caches: Caches | None):
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own unrelated types
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot open {path} ({reason}); export it again.") from error
+        _check_graph(path, spec.inputs, self.session.get_inputs())
+        _check_graph(path, spec.outputs, self.session.get_outputs())
+        self.name, self.caches = path.parent.name, caches
+        is_cache = lambda n: n.startswith(("past_key_values.", "present."))
+        self.inputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.inputs if not is_cache(s.name)]
+        self.outputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.outputs if not is_cache(s.name)]
+        self.cache_inputs = [s.name for s in spec.inputs if is_cache(s.name)]
+        self.device = ort.OrtDevice.make("cpu", 0)._get_c_device()
+        self._buffers: dict[str, ndarray] = {}
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._generation = -1
+
+    def run(self, feeds: dict[str, ndarray | None], first_row: int = 0) -> dict[str, ndarray]:
+        """feeds: an array per graph input, of the declared dtype and shape (else ValueError); what the graph does not use may
+        be there too. Returns views of the buffers."""
+        sizes: dict[str, int] = {}
+        arrays = []
+        for name, dtype, shape in self.inputs:
+            array = feeds[name]
+            if array.dtype != dtype or array.ndim != len(shape):
+                raise ValueError(f"{self.name}: {name} is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}.")
+            for dim, size in zip(shape, array.shape):
+                if (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) != size:
+                    raise ValueError(f"{self.name}: {name} is {list(array.shape)}, expected {list(shape)} with {sizes}.")
+            arrays.append((name, dtype.type, np.ascontiguousarray(array)))
+        binding = self._binding(first_row, sizes)
+        for name, kind, array in arrays:
+            binding.bind_input(name, self.device, kind, array.shape, array.ctypes.data)
+        results = {}
+        for name, dtype, shape in self.outputs:
+            array = self._buffer(name, dtype, tuple(d if isinstance(d, int) else sizes[d] for d in shape))
+            binding.bind_output(name, self.device, dtype.type, array.shape, array.ctypes.data)
+            results[name] = array
+        self.session._sess.run_with_iobinding(binding, None)
+        return results
+
+    def _buffer(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
+        size = int(np.prod(shape))
+        flat = self._buffers.get(name)
+        if flat is None or flat.size < size:
+            flat = self._buffers[name] = np.empty(max(size, 1), dtype)
+        return flat[:size].reshape(shape)
+
+    def _binding(self, first_row: int, sizes: dict[str, int]):
+        """The binding of this row range, its caches already bound."""
+        if self.caches is None:
+            key = (0, 0)
+        else:
+            key = (first_row, sizes["R"])
+            if first_row < 0 or first_row + sizes["R"] > self.caches.rows or sizes["C"] != self.caches.capacity:
+                raise ValueError(
+                    f"{self.name}: rows {first_row}..{first_row + sizes['R'] - 1} with C = {sizes['C']} do not fit the caches "
+                    f"({self.caches.rows} rows, capacity {self.caches.capacity})."
+                )
+            if self._generation != self.caches.generation:
+                self._bindings.clear()
+                self._generation = self.caches.generation
+        if key not in self._bindings:
+            binding = self._bindings[key] = ort.IOBinding(self.session)._iobinding
+            for i, name in enumerate(self.cache_inputs):
+                view = self.caches.view(i, *key)
+                output = name.replace("past_key_values.", "present.")
+                binding.bind_input(name, self.device, view.dtype.type, view.shape, view.ctypes.data)
+                binding.bind_output(output, self.device, view.dtype.type, view.shape, view.ctypes.data)
+        return self._bindings[key]
+
+
+def session_options(threads: int, log_severity: int = 3) -> ort.SessionOptions:
+    """`threads` intra-op threads, one operator at a time. Five sessions share the cores, so a session's threads stop
+    spinning when its run ends. `log_severity` 3 = errors only, 2 = warnings too."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = log_severity
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs this process may run on (siblings counted once), at least 1."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in cpus:
+        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(file.read_text().strip() if file.is_file() else str(cpu))
+    return max(1, len(cores))
+
+
+def _input(spec: EngineSpec, name: str) -> TensorSpec:
+    return next(s for s in spec.inputs if s.name == name)
+
+
+def _cache_dtype(spec: EngineSpec) -> str:
+    return next((s.dtype for s in spec.inputs if s.name.startswith("past_key_values.")), "float32")
+
+
+def _check_graph(path: Path, declared: tuple[TensorSpec, ...], actual: list) -> None:
+    """The graph's own names, dtypes and fixed dimensions against the manifest's."""
+    names = {node.name: node for node in actual}
+    if set(names) != {s.name for s in declared}:
+        odd = sorted(set(names) ^ {s.name for s in declared})[0]
+        raise BundleError(f"{path} and the manifest disagree about {odd!r}; export the bundle again (python -m export).")
+    for spec in declared:
+        node = names[spec.name]
+        dims = [d for d in zip(spec.shape, node.shape) if all(isinstance(x, int) for x in d)]
+        same = len(spec.shape) == len(node.shape) and all(a == b for a, b in dims)
+        if _ORT_DTYPES.get(node.type) != spec.dtype or not same:
+            raise BundleError(
+                f"{path}: {spec.name!r} is {node.type} {node.shape}, the manifest says {spec.dtype} {list(spec.shape)}; "
+                "export the bundle again (python -m export)."
+            )

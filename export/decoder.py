@@ -1,0 +1,92 @@
+"""The layer pieces that the target's and the draft backbone's graphs share.
+
+Knows: how a decoder layer of training/target.py is spelled in ONNX. Refuses to know: packing, caches' owners, precision.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from training.target import DecoderConfig, RopeConfig
+
+from .graph import Graph
+
+ROPE_SLACK = 64  # rows past max_context: padded slots and mask tokens may be positioned there
+
+
+class Weights:
+    """A module's state dict, with the graph that takes tensors from it."""
+
+    def __init__(self, graph: Graph, state: dict[str, Tensor]):
+        self.graph, self.state = graph, state
+
+    def array(self, name: str) -> np.ndarray:
+        return self.state[name].detach().numpy()
+
+    def plain(self, name: str) -> str:
+        """The tensor as it is."""
+        return self.graph.weight(name, self.array(name), (name,))
+
+    def linear(self, x: str, *layers: str, quantizable: bool = True, out: str | int = 1) -> str:
+        """x [rows, in] -> [rows, sum of outs]: the named nn.Linear layers side by side, as one MatMul."""
+        g = self.graph
+        sources = tuple(f"{layer}.weight" for layer in layers)
+        name = ".".join([layers[0], *(layer.rsplit(".", 1)[-1] for layer in layers[1:])])
+        weight = g.weight(f"{name}.T", np.concatenate([self.array(s) for s in sources]).T, sources)
+        if quantizable:
+            g.quantizable.add(weight)
+        biases = tuple(f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.state)
+        if not biases:
+            return g.op("MatMul", x, weight, out=out)
+        bias = g.weight(f"{name}.bias", np.concatenate([self.array(b) for b in biases]), biases)
+        return g.op("Add", g.op("MatMul", x, weight), bias, out=out)
+
+
+def rms_norm(w: Weights, x: str, layer: str, eps: float, out: str | int = 1) -> str:
+    """RMSNorm over the last axis, computed in float32."""
+    return w.graph.op("RMSNormalization", x, w.plain(f"{layer}.weight"), out=out, axis=-1, epsilon=eps)
+
+
+def rope_tables(g: Graph, rope: RopeConfig, head_dim: int, max_context: int) -> tuple[str, str]:
+    """cos and sin initializers [max_context + slack, D/2]."""
+    cos, sin = rope.tables(head_dim, max_context + ROPE_SLACK)
+    return g.weight("rope.cos", cos.numpy()), g.weight("rope.sin", sin.numpy())
+
+
+def cache_names(layer: int) -> tuple[str, str, str, str]:
+    """(past key, past value, present key, present value) of a layer."""
+    return tuple(f"{side}.{layer}.{part}" for side in ("past_key_values", "present") for part in ("key", "value"))
+
+
+def cache_write(g: Graph, c: DecoderConfig, layer: int, key: str, value: str, write_index: str) -> tuple[str, str]:
+    """Declares the layer's linear caches [R, H_kv, C, D] and writes key and value [R, H_kv, Q, D] at write_index [R]."""
+    past_key, past_value, present_key, present_value = cache_names(layer)
+    shape = ("R", c.num_key_value_heads, "C", c.head_dim)
+    for past, new, present in ((past_key, key, present_key), (past_value, value, present_value)):
+        g.input(past, "float32", shape)
+        g.op("TensorScatter", past, new, write_index, out=present, axis=2, mode="linear")
+        g.output(present, "float32", shape)
+    return present_key, present_value
+
+
+def attention(g: Graph, c: DecoderConfig, q: str, k: str, v: str, mask: str) -> str:
+    """q [R, H, Q, D], k and v [R, H_kv, C, D], additive mask [R, 1, Q, C] -> [R, H, Q, D]."""
+    return g.op("Attention", q, k, v, mask, scale=float(c.head_dim) ** -0.5)
+
+
+def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:
+    """Index [R, heads, Q] into the [rows * total, D] view of [rows, total * D]: head `first + h` of packed row rows[r, j].
+
+    One Gather with it both pads and transposes; computed once a pass, used by every layer.
+    """
+    scaled = g.op("Mul", g.op("Unsqueeze", rows, g.const([1])), g.const(total))
+    return g.op("Add", scaled, g.const(np.arange(first, first + heads)[None, :, None]))
+
+
+def mlp(w: Weights, x: str, layer: str, c: DecoderConfig) -> str:
+    """x [rows, d] -> [rows, d]: down(silu(gate) * up), gate and up as one MatMul."""
+    g = w.graph
+    gate_up = w.linear(x, f"{layer}.gate_proj", f"{layer}.up_proj")
+    gate, up = g.op("Split", gate_up, out=2, axis=-1, num_outputs=2)
+    return w.linear(g.op("Mul", g.op("Swish", gate), up), f"{layer}.down_proj")

@@ -1,0 +1,157 @@
+"""The two heads' graphs: the sequential Markov head with its sampling, unrolled over the block, and the confidence head.
+
+Knows: DraftModel.sample_block and DraftModel.confidence. Refuses to know: the backbone, verification, precision.
+Legend: R requests, G block size, d hidden size, V_d draft vocabulary, r Markov rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training.draft import DraftModel
+
+from .decoder import Weights
+from .graph import Graph
+
+ALWAYS_CONFIDENT = 20.0  # the constant logit of a draft without a confidence head
+
+
+def build_markov(model: DraftModel) -> Graph:
+    """The graph of docs/structures.md, "markov": G steps of bias, sampling (inverse CDF, argmax at temperature 0)."""
+    c, g = model.config, Graph("markov")
+    w = Weights(g, model.state_dict())
+    G, r, V_d = c.block_size, c.markov_rank, c.vocab_out
+    hidden = g.input("hidden", "float32", ("R", G, c.decoder.hidden_size)) if needs_hidden(model) else None
+    base_logits = g.input("base_logits", "float32", ("R", G, V_d))
+    anchor_ids = g.input("anchor_ids", "int64", ("R",)) if r else None
+    temperature = g.input("temperature", "float32", ("R",))
+    uniforms = g.input("uniforms", "float32", ("R", G))
+    greedy, divisor = sampling_divisor(g, temperature)
+    base = split_slots(g, base_logits, G)
+    uniform = g.op("Split", uniforms, out=tuple(f"uniform.{k}" for k in range(G)), axis=1, num_outputs=G)
+    uniform = uniform if G > 1 else (uniform,)
+    to_target = g.weight("draft_to_target", model.draft_to_target().numpy(), ("d2t",)) if trimmed(model) else None
+    head = MarkovSteps(w, model, hidden) if r else None
+
+    previous, tokens, indices, probs, embeddings = anchor_ids, [], [], [], []
+    for k in range(G):
+        logits = base[k]
+        if head is not None:
+            embedding, bias = head.step(k, previous)
+            embeddings.append(g.op("Unsqueeze", embedding, g.const([1])))
+            logits = g.op("Add", logits, bias)
+        p = g.op("Softmax", g.op("Div", logits, divisor), axis=-1)
+        drawn = inverse_cdf(g, p, uniform[k], V_d)
+        index = g.op("Where", greedy, g.op("ArgMax", logits, axis=-1, keepdims=1), drawn)  # [R, 1]
+        token = g.op("Gather", to_target, index) if to_target else index
+        previous = g.op("Squeeze", token, g.const([1]))
+        tokens.append(token), indices.append(index), probs.append(g.op("Unsqueeze", p, g.const([1])))
+    g.op("Concat", *tokens, out="draft_tokens", axis=1)
+    g.op("Concat", *indices, out="draft_indices", axis=1)
+    g.op("Concat", *probs, out="draft_probs", axis=1)
+    g.output("draft_tokens", "int64", ("R", G))
+    g.output("draft_indices", "int64", ("R", G))
+    g.output("draft_probs", "float32", ("R", G, V_d))
+    if embeddings:
+        g.op("Concat", *embeddings, out="markov_embeddings", axis=1)
+        g.output("markov_embeddings", "float32", ("R", G, r))
+    g.prune()
+    return g
+
+
+def needs_hidden(model: DraftModel) -> bool:
+    """Only the gated and the rnn head read the hidden states."""
+    return bool(model.config.markov_rank) and model.config.markov_head_type != "vanilla"
+
+
+def trimmed(model: DraftModel) -> bool:
+    return model.config.vocab_out < model.config.decoder.vocab_size
+
+
+def split_slots(g: Graph, x: str, G: int) -> list[str]:
+    """[R, G, n] -> G values [R, n]."""
+    return [g.op("Gather", x, g.const(k), axis=1) for k in range(G)]
+
+
+def sampling_divisor(g: Graph, temperature: str) -> tuple[str, str]:
+    """temperature [R] -> (greedy [R, 1] bool, what the logits are divided by [R, 1]: 1 where greedy)."""
+    column = g.op("Unsqueeze", temperature, g.const([1]))
+    greedy = g.op("LessOrEqual", column, g.const(0.0, "float32"))
+    return greedy, g.op("Where", greedy, g.const(1.0, "float32"), column)
+
+
+def inverse_cdf(g: Graph, weights: str, uniform: str, size: int) -> str:
+    """weights [R, size] >= 0 (any total), uniform [R, 1] in [0, 1) -> [R, 1] int64: the count of cdf <= u * cdf_last.
+
+    The chosen index always has a weight above zero, because its cdf exceeds the one before it.
+    """
+    cdf = g.op("CumSum", weights, g.const(1))
+    last = g.op("Gather", cdf, g.const([size - 1]), axis=1)
+    below = g.op("LessOrEqual", cdf, g.op("Mul", uniform, last))
+    count = g.op("ReduceSum", g.op("Cast", below, to=6), g.const([1]), keepdims=1)  # int32
+    return g.op("Cast", g.op("Min", count, g.const(size - 1, "int32")), to=7)  # int64
+
+
+class MarkovSteps:
+    """The steps of MarkovHead (vanilla, gated, rnn). What depends on `hidden` alone is computed for all slots at once."""
+
+    def __init__(self, w: Weights, model: DraftModel, hidden: str | None):
+        self.w, self.g, self.kind = w, w.graph, model.config.markov_head_type
+        g, r, G = w.graph, model.config.markov_rank, model.config.block_size
+        self.rank = r
+        self.w1 = w.plain("markov_head.markov_w1.weight")
+        name = "markov_head.markov_w2.weight"
+        self.w2 = g.weight(f"{name}.T", w.array(name).T, (name,))
+        self.state: str | None = None  # zeros before slot 0: the term is left out there
+        if hidden is None:
+            return
+        layer = "markov_head.gate_proj" if self.kind == "gated" else "markov_head.joint_proj"
+        sources = (f"{layer}.weight", f"{layer}.bias")
+        d, weight = model.config.decoder.hidden_size, w.array(sources[0])
+        parts = {"hidden": d, "embedding": r} if self.kind == "gated" else {"state": r, "embedding": r, "hidden": d}
+        starts = np.cumsum([0, *parts.values()])
+        self.part = {
+            part: g.weight(f"{layer}.{part}.T", weight[:, a:b].T, sources[:1])
+            for part, a, b in zip(parts, starts, starts[1:])
+        }
+        bias = g.weight(f"{layer}.bias", w.array(sources[1]), sources[1:])
+        self.from_hidden = split_slots(g, g.op("Add", g.op("MatMul", hidden, self.part["hidden"]), bias), G)
+
+    def step(self, k: int, previous: str) -> tuple[str, str]:
+        """Slot k, previous [R] target ids -> (embedding [R, r], logit bias [R, V_d])."""
+        g = self.g
+        embedding = g.op("Gather", self.w1, previous)
+        return embedding, g.op("MatMul", self.latent(k, embedding), self.w2)
+
+    def latent(self, k: int, embedding: str) -> str:
+        g = self.g
+        if self.kind == "vanilla":
+            return embedding
+        joint = g.op("Add", self.from_hidden[k], g.op("MatMul", embedding, self.part["embedding"]))
+        if self.kind == "gated":
+            return g.op("Mul", g.op("Sigmoid", joint), embedding)
+        if self.state is not None:
+            joint = g.op("Add", joint, g.op("MatMul", self.state, self.part["state"]))
+        gate, candidate, out = g.op("Split", joint, out=3, axis=-1, num_outputs=3)
+        gate, candidate = g.op("Sigmoid", gate), g.op("Tanh", candidate)
+        fresh = g.op("Mul", g.op("Sub", g.const(1.0, "float32"), gate), candidate)
+        self.state = fresh if self.state is None else g.op("Add", g.op("Mul", gate, self.state), fresh)
+        return g.op("Tanh", out)
+
+
+def build_confidence(model: DraftModel) -> Graph:
+    """The graph of docs/structures.md, "confidence": the logit of c_k, or a constant for a draft without the head."""
+    c, g = model.config, Graph("confidence")
+    w = Weights(g, model.state_dict())
+    hidden = g.input("hidden", "float32", ("R", c.block_size, c.decoder.hidden_size))
+    if model.confidence_head is None:
+        g.op("Expand", g.const([[ALWAYS_CONFIDENT]], "float32"), g.op("Shape", hidden, start=0, end=2), out="confidence_logits")
+    else:
+        x = hidden
+        if c.confidence_head_with_markov:
+            x = g.op("Concat", hidden, g.input("markov_embeddings", "float32", ("R", c.block_size, c.markov_rank)), axis=-1)
+        logits = w.linear(x, "confidence_head.proj", quantizable=False)
+        g.op("Squeeze", logits, g.const([2]), out="confidence_logits")
+    g.output("confidence_logits", "float32", ("R", c.block_size))
+    g.prune()
+    return g

@@ -1,0 +1,299 @@
+"""Runs each exported graph in ONNX Runtime and compares it with PyTorch, on random and on real inputs.
+
+Knows: docs/structures.md's tensors, TargetModel, DraftModel, the accept rule in float64 numpy. Refuses to know: how graphs
+are made, and the serving engines (a graph must be right on its own).
+
+A case is a ragged batch of three requests whose prompts arrive in two uneven steps, then one draft block each, the
+sequential head, the confidence head, a verify pass of the target and the verify engine. "real" starts from tokenised text
+(a target without a tokenizer: its own greedy continuation), "random" from random tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from training.draft import DraftModel
+from training.target import PackedBatch, TargetModel
+
+from .graph import Graph
+from .reference import verify_reference
+
+MASKED = np.float32(-1e30)
+FP32_COSINE, FP32_RELATIVE, INT8_COSINE, INT8_NORM = 0.99999, 1e-3, 0.99, 0.05
+SPLITS = ((19, 7), (5, 11), (30, 3))  # tokens of each request in the first and the second step
+TABLE_WIDTH = 124
+TEXT = (
+    "The baker took the loaf out of the oven and set it by the window to cool. How many loaves does a shop sell in a week "
+    "if it sells 24 each day and closes on Sunday? First, multiply 24 by 6, which gives 144. def area(width, height): return "
+    "width * height. Water boils at a lower temperature on a mountain, because the air pressure is lower there."
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared tensor. max_abs is absolute; scale is the reference's largest magnitude; agreement is of the argmax."""
+
+    engine: str
+    case: str
+    cosine: float
+    norm_ratio: float
+    max_abs: float
+    scale: float
+    ok: bool
+    agreement: float | None = None
+
+
+class Runner:
+    """One graph's session on two threads, with caches (if it has any) bound in place."""
+
+    def __init__(self, folder: Path, graph: Graph, rows: int = 0, length: int = 0):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        check_signature(self.session, graph)
+        self.inputs = [s for s in graph.inputs if not s.name.startswith("past_key_values.")]
+        self.outputs = [s.name for s in graph.outputs if not s.name.startswith("present.")]
+        self.caches = {}
+        for s in graph.inputs:
+            if s.name.startswith("past_key_values."):
+                shape = [{"R": rows, "C": length}.get(n, n) for n in s.shape]
+                self.caches[s.name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+
+    def __call__(self, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        binding = self.session.io_binding()
+        for s in self.inputs:
+            array = np.ascontiguousarray(feeds[s.name], dtype=s.dtype)
+            binding.bind_ortvalue_input(s.name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, value in self.caches.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+        for name in self.outputs:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        arrays = dict(zip([*(c.replace("past_key_values.", "present.") for c in self.caches), *self.outputs], binding.get_outputs()))
+        return {name: arrays[name].numpy() for name in self.outputs}
+
+
+def check_signature(session: ort.InferenceSession, graph: Graph) -> None:
+    """Raises ValueError when the written model's names or shapes are not those that the manifest will state."""
+    for what, declared, found in (
+        ("inputs", graph.inputs, session.get_inputs()), ("outputs", graph.outputs, session.get_outputs())
+    ):
+        have, want = [(f.name, list(f.shape)) for f in found], [(s.name, list(s.shape)) for s in declared]
+        if have != want:
+            odd = next((h, w) for h, w in zip([*have, None], [*want, None]) if h != w)
+            raise ValueError(f"graph {graph.name}: its {what} are not as declared: {odd[0]} instead of {odd[1]}.")
+
+
+class Parity:
+    """The comparison of one bundle. `checks` fills as the cases run."""
+
+    def __init__(self, folder: Path, graphs: list[Graph], target: TargetModel, draft: DraftModel, dtype: str, seed: int = 0):
+        self.target, self.draft, self.dtype = target, draft, dtype
+        self.rng = np.random.default_rng(seed)
+        self.G = draft.config.block_size
+        self.C = max(map(sum, SPLITS)) + 2 * self.G + max(max(s) for s in SPLITS)
+        self.checks: list[Check] = []
+        self.run = {}
+        for graph in graphs:
+            self.run[graph.name] = Runner(folder / "onnx" / graph.name, graph, len(SPLITS), self.C)
+
+    def compare(self, engine: str, case: str, got: np.ndarray, want, *, exact: bool = False, argmax: bool = False) -> None:
+        want = want.detach().numpy() if isinstance(want, torch.Tensor) else want
+        a, b = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
+        norm = np.linalg.norm(b)
+        cosine = float(a @ b / max(np.linalg.norm(a) * norm, 1e-30)) if norm else float(not a.any())
+        ratio = float(np.linalg.norm(a) / norm) if norm else 1.0
+        max_abs, scale = float(np.abs(a - b).max()), float(np.abs(b).max())
+        if got.shape != want.shape or not np.isfinite(a).all():
+            ok = False
+        elif exact:
+            ok = max_abs == 0.0
+        elif self.dtype == "int8" and engine in ("target", "backbone"):
+            ok = cosine >= INT8_COSINE and abs(ratio - 1) <= INT8_NORM
+        else:
+            ok = cosine >= FP32_COSINE and max_abs <= FP32_RELATIVE * scale
+        agreement = float((got.argmax(-1) == want.argmax(-1)).mean()) if argmax else None
+        self.checks.append(Check(engine, case, cosine, ratio, max_abs, scale, ok, agreement))
+
+    def case(self, name: str, tokens: list[list[int]]) -> None:
+        """tokens[r]: sum(SPLITS[r]) + 1 ids; the last one is the anchor."""
+        for runner in self.run.values():
+            for cache in runner.caches.values():
+                cache.update_inplace(np.zeros(cache.shape(), np.float32))
+        torch_caches = self.target.new_caches(len(tokens), self.C)
+        features = [torch.zeros(0)] * len(tokens)
+        done = [0] * len(tokens)
+        for step in range(2):
+            counts = [split[step] for split in SPLITS]
+            part = [t[n : n + k] for t, n, k in zip(tokens, done, counts)]
+            out = self.target_pass(f"{name}: prefill {step + 1}", part, done, torch_caches)
+            rows = out.features.split(counts)
+            anchors = [t[n + k] for t, n, k in zip(tokens, done, counts)]
+            features = [torch.cat([f, new]) for f, new in zip(features, rows)]
+            hidden = self.backbone_pass(f"{name}: block {step + 1}", features, anchors, done, counts)
+            done = [n + k for n, k in zip(done, counts)]
+        self.heads(name, hidden, anchors, done, torch_caches)
+
+    def target_pass(self, case: str, tokens: list[list[int]], done: list[int], torch_caches):
+        batch = PackedBatch.build(tokens, done, self.C)
+        rows = torch.arange(batch.token_ids.numel())
+        want = self.target(batch, rows, torch_caches)
+        feeds = {k: getattr(batch, k).numpy() for k in ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")}
+        got = self.run["target"](**feeds, mask=np.where(batch.mask.numpy(), np.float32(0), MASKED), logit_rows=rows.numpy())
+        self.compare("target", f"{case}, logits", got["logits"], want.logits, argmax=True)
+        self.compare("target", f"{case}, features", got["features"], want.features)
+        self.logits = got["logits"]
+        return want
+
+    def backbone_pass(self, case: str, features: list, anchors: list[int], done: list[int], counts: list[int]) -> torch.Tensor:
+        """The new context rows of each request, then its block, against DraftModel.backbone over the whole context."""
+        R, G, F, Q = len(anchors), self.G, sum(counts), max(counts) + self.G
+        pad, first = np.zeros((R, Q), np.int64), 0
+        start = np.array(done)
+        for r, k in enumerate(counts):
+            pad[r, :k] = first + np.arange(k)
+            pad[r, k : k + G] = F + r * G + np.arange(G)
+            first += k
+        ends = start + counts
+        mask = np.arange(self.C)[None, :] < (ends + G)[:, None]
+        got = self.run["backbone"](
+            features=torch.cat([f[n:] for f, n in zip(features, done)]).numpy(), anchor_ids=np.array(anchors), pad_index=pad,
+            position_ids=start[:, None] + np.arange(Q), block_position_ids=ends[:, None] + np.arange(G), write_index=start,
+            mask=np.where(np.broadcast_to(mask[:, None, None], (R, 1, G, self.C)), np.float32(0), MASKED),
+        )
+        want = torch.cat([
+            self.draft.backbone(f[None], torch.tensor([[a]]), torch.tensor([[len(f)]]))[:, 0] for f, a in zip(features, anchors)
+        ])
+        self.compare("backbone", f"{case}, hidden", got["hidden"], want)
+        self.compare("backbone", f"{case}, base_logits", got["base_logits"], self.draft.lm_head(want), argmax=True)
+        return want
+
+    def heads(self, name: str, hidden: torch.Tensor, anchors: list[int], done: list[int], torch_caches) -> None:
+        R, G, draft, rng = len(anchors), self.G, self.draft, self.rng
+        to_target = draft.draft_to_target().numpy()
+        temperature = np.array([0.0, 1.0, 0.7], np.float32)
+        base = draft.lm_head(hidden)
+        uniforms = rng.random((R, G), dtype=np.float32)
+        got = self.run["markov"](
+            hidden=hidden.numpy(), base_logits=base.numpy(), anchor_ids=np.array(anchors), temperature=temperature, uniforms=uniforms
+        )
+        indices, tokens = got["draft_indices"], got["draft_tokens"]
+        previous = torch.tensor(np.column_stack([anchors, tokens[:, :-1]]))
+        logits, confidence = draft.corrected_logits(hidden, previous)
+        divisor = np.where(temperature > 0, temperature, 1)[:, None, None]
+        probs = torch.softmax(logits / torch.tensor(divisor), dim=-1).numpy()
+        self.compare("markov", f"{name}: draft_probs", got["draft_probs"], probs)
+        self.compare("markov", f"{name}: draft_tokens", tokens, to_target[indices], exact=True)
+        wrong = sampling_errors(logits.numpy(), probs, temperature, uniforms, indices)
+        self.compare("markov", f"{name}: draws outside their interval", wrong, np.zeros_like(wrong), exact=True)
+        feeds = {"hidden": hidden.numpy()}
+        if "markov_embeddings" in got:
+            self.compare("markov", f"{name}: markov_embeddings", got["markov_embeddings"], draft.markov_head.embed(previous), exact=True)
+            feeds["markov_embeddings"] = got["markov_embeddings"]
+        got_confidence = self.run["confidence"](**feeds)["confidence_logits"]
+        want_confidence = confidence if confidence is not None else np.full((R, G), 20.0, np.float32)
+        self.compare("confidence", f"{name}: confidence_logits", got_confidence, want_confidence)
+
+        num_draft = np.array([G, max(G - 2, 0), G // 2])
+        self.target_pass(f"{name}: verify", [[a, *row[:n]] for a, row, n in zip(anchors, tokens.tolist(), num_draft)], done, torch_caches)
+        first = np.cumsum([0, *(num_draft[:-1] + 1)])
+        row_index = first[:, None] + np.minimum(np.arange(G + 1), num_draft[:, None])
+        self.verify(name, self.logits, row_index, tokens, indices, got["draft_probs"], num_draft, temperature)
+
+    def verify(self, name, logits, row_index, draft_tokens, draft_indices, draft_probs, num_draft, temperature) -> None:
+        R, G = draft_tokens.shape
+        feeds = dict(
+            logits=logits, row_index=row_index, draft_tokens=draft_tokens, draft_indices=draft_indices, draft_probs=draft_probs,
+            num_draft=num_draft, temperature=temperature, sample_index=np.flatnonzero(temperature > 0),
+            accept_uniforms=self.rng.random((R, G), dtype=np.float32), next_uniforms=self.rng.random((R, G + 1), dtype=np.float32),
+        )
+        got = self.run["verify"](**feeds)
+        accepted, low, high = verify_reference(**feeds, draft_to_target=self.draft.draft_to_target().numpy())
+        self.compare("verify", f"{name}: accepted", got["accepted"], accepted, exact=True)
+        outside = ((got["next_tokens"] < low) | (got["next_tokens"] > high)).astype(np.int64)
+        self.compare("verify", f"{name}: next_tokens outside their interval", outside, np.zeros_like(outside), exact=True)
+
+    def random_verify(self, R: int = 64) -> None:
+        """Verify on random logits near the draft's own, so that every outcome occurs; greedy and sampled rows mixed, then
+        greedy alone (sample_index empty)."""
+        G, rng, to_target = self.G, self.rng, self.draft.draft_to_target().numpy()
+        V, V_d = self.target.config.vocab_size, len(to_target)
+        R = max(4, min(R, 4_000_000 // (V * (G + 1))))
+        logits = rng.standard_normal((R, G + 1, V), dtype=np.float32) * 3
+        draft_logits = logits[:, :G][..., to_target] + rng.standard_normal((R, G, V_d), dtype=np.float32)
+        for case, temperature in (("random", np.where(np.arange(R) % 4, 0.5 + rng.random(R), 0)), ("random greedy", np.zeros(R))):
+            temperature = temperature.astype(np.float32)
+            scaled = draft_logits / np.where(temperature > 0, temperature, 1)[:, None, None]
+            probs = torch.softmax(torch.tensor(scaled), dim=-1).numpy()
+            drawn = (probs.cumsum(-1) < rng.random((R, G, 1))).sum(-1).clip(max=V_d - 1)
+            indices = np.where(temperature[:, None] > 0, drawn, draft_logits.argmax(-1))
+            row_index = np.arange(R * (G + 1)).reshape(R, G + 1)
+            num_draft = rng.integers(0, G + 1, R)
+            row_index = np.minimum(row_index, row_index[:, :1] + num_draft[:, None])
+            self.verify(case, logits.reshape(-1, V), row_index, to_target[indices], indices, probs, num_draft, temperature)
+
+
+def sampling_errors(logits, probs, temperature, uniforms, indices, tolerance: float = 1e-5) -> np.ndarray:
+    """[R, G] int64, 1 where a draw is wrong: sampled, its uniform lies outside the index's cdf interval (widened by the
+    tolerance, because float32 sums differ by their order); greedy, its logit is under the largest."""
+    cdf = probs.astype(np.float64).cumsum(-1)
+    take = lambda a: np.take_along_axis(a, indices[..., None], -1)[..., 0]
+    high, mass = take(cdf), take(probs.astype(np.float64))
+    u = uniforms * cdf[..., -1]
+    outside = (u < high - mass - tolerance) | (u > high + tolerance)
+    below = take(logits) < logits.max(-1) - tolerance * np.abs(logits).max()
+    return np.where(temperature[:, None] > 0, outside, below).astype(np.int64)
+
+
+def real_tokens(target: TargetModel, folder: Path) -> list[list[int]]:
+    """For each request sum(split) + 1 tokens of text, or of the target's own greedy continuation."""
+    lengths = [sum(s) + 1 for s in SPLITS]
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+        ids = ids * (1 + sum(lengths) // len(ids))
+        ends = np.cumsum(lengths)
+        return [ids[e - n : e] for e, n in zip(ends, lengths)]
+    sequences = [[(7 * r + 3) % target.config.vocab_size] for r in range(len(lengths))]
+    for _ in range(max(lengths) - 1):
+        batch = PackedBatch.build(sequences, [0] * len(sequences), len(sequences[0]))
+        last = torch.tensor([len(s) for s in sequences]).cumsum(0) - 1
+        for s, token in zip(sequences, target(batch, last).logits.argmax(-1).tolist()):
+            s.append(token)
+    return [s[:n] for s, n in zip(sequences, lengths)]
+
+
+@torch.no_grad()
+def check_parity(
+    bundle: Path, graphs: list[Graph], target: TargetModel, draft: DraftModel, target_folder: Path, *, dtype: str, console: Console
+) -> list[dict]:
+    """Prints the table and returns the manifest's `parity`. Raises ValueError, one sentence, when a gate fails."""
+    parity = Parity(bundle, graphs, target, draft, dtype)
+    lengths = [sum(s) + 1 for s in SPLITS]
+    parity.case("random", [parity.rng.integers(0, target.config.vocab_size, n).tolist() for n in lengths])
+    parity.case("real", real_tokens(target, target_folder))
+    parity.random_verify()
+    console = console if console.width >= TABLE_WIDTH else Console(file=console.file, width=TABLE_WIDTH)
+    table = Table("engine", "case", "cosine", "norm ratio", "max abs", "of scale", "argmax", "")
+    for c in parity.checks:
+        agreement = "" if c.agreement is None else f"{c.agreement:.3f}"
+        table.add_row(c.engine, c.case, f"{c.cosine:.7f}", f"{c.norm_ratio:.5f}", f"{c.max_abs:.2e}", f"{c.scale:.3g}",
+                      agreement, "ok" if c.ok else "FAILED")
+    console.print(table)
+    if failed := [c for c in parity.checks if not c.ok]:
+        c = failed[0]
+        raise ValueError(
+            f"parity: {c.engine}, {c.case}: cosine {c.cosine:.6f}, norm ratio {c.norm_ratio:.4f}, max abs {c.max_abs:.3g} of scale "
+            f"{c.scale:.3g} is outside the {dtype} gate ({len(failed)} of {len(parity.checks)} checks failed)."
+        )
+    keys = ("engine", "case", "cosine", "norm_ratio", "max_abs")
+    return [{k: getattr(c, k) for k in keys} for c in parity.checks]

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from engines.caches import PATIENCE, Caches, bucket
+
+
+def test_buckets_hold_the_length_and_grow_by_steps():
+    assert [bucket(n) for n in (1, 256, 257, 512, 513, 2048, 2049, 4097)] == [256, 256, 512, 512, 768, 2048, 2560, 5120]
+    assert all(n <= bucket(n) <= max(256, n * 1.25 + 256) for n in range(1, 20000, 37))
+
+
+def filled():
+    caches = Caches(2, heads=2, head_dim=4)
+    caches.ensure(3, 200)
+    for t in caches.tensors:
+        t[:] = np.random.default_rng(0).normal(size=t.shape)
+    return caches
+
+
+def test_growing_keeps_every_row():
+    caches = filled()
+    before, generation = [t.copy() for t in caches.tensors], caches.generation
+    caches.ensure(5, 300)
+    assert caches.rows >= 5 and caches.capacity == 512 and caches.generation > generation
+    for old, new in zip(before, caches.tensors):
+        np.testing.assert_array_equal(new[: len(old), :, :256], old)
+        assert not new[:, :, 256:].any(), "new positions must be finite: a masked NaN would poison the softmax"
+
+
+def test_ensure_without_need_moves_nothing():
+    caches = filled()
+    pointers, generation = [t.ctypes.data for t in caches.tensors], caches.generation
+    caches.ensure(2, 256)
+    assert pointers == [t.ctypes.data for t in caches.tensors] and generation == caches.generation
+
+
+def test_shrinks_only_after_a_while_and_keeps_the_rest():
+    caches = filled()
+    caches.ensure(3, 1000)
+    assert caches.capacity == 1024
+    before = [t[:, :, :256].copy() for t in caches.tensors]
+    for _ in range(PATIENCE - 1):
+        caches.ensure(3, 100)
+    assert caches.capacity == 1024
+    caches.ensure(3, 100)
+    assert caches.capacity == 256
+    for old, new in zip(before, caches.tensors):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_move_row_copies_the_length_only():
+    caches = filled()
+    before = [t.copy() for t in caches.tensors]
+    caches.move_row(2, 0, 7)
+    for old, new in zip(before, caches.tensors):
+        np.testing.assert_array_equal(new[0, :, :7], old[2, :, :7])
+        np.testing.assert_array_equal(new[0, :, 7:], old[0, :, 7:])
+        np.testing.assert_array_equal(new[1:], old[1:])
+
+
+@pytest.mark.parametrize("first, rows", [(0, 2), (1, 2), (2, 1)])
+def test_views_are_contiguous_memory_of_the_buffer(first, rows):
+    view = filled().view(0, first, rows)
+    assert view.shape == (rows, 2, 256, 4) and view.flags.c_contiguous and not view.flags.owndata

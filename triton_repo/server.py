@@ -1,0 +1,248 @@
+"""The life of one embedded tritonserver: start, wait until ready, probe, recover, drain, stop, tidy up.
+
+Knows: the process, its ports, its log, its shared memory. Refuses to know: what the models do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from engines import Bundle, BundleError
+
+from . import control
+from .repository import Settings, build
+from .runtime import Ports, ServerError, Wheel, assemble_backend, command, environment, shm_files
+
+EXIT_SECONDS = 15.0  # tritonserver's own bound (--exit-timeout-secs) is 10; it may miss it and exit with 1
+GRACE_SECONDS = 0.25  # from dspark's last response to its leaving the ensemble
+
+
+class TritonServer:
+    """`with TritonServer(bundle) as server:` serves `bundle` on loopback; `server.grpc_url` is host:port.
+
+    ports: 0 picks a free one. say(sentence) hears what takes time. The log and the generated repository lie in
+    build_dir/triton/<bundle>-<gRPC port>/. Raises ServerError, one sentence, when it cannot be started.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        settings: Settings = Settings(),
+        ports: Ports = Ports(8000, 8001, 8002),
+        address: str = "127.0.0.1",
+        build_dir: str | Path = "build",
+        start_timeout: float = 300.0,
+        drain_timeout: float = 30.0,
+        say: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr, flush=True),
+    ):
+        self.bundle, self.settings, self.address = Path(bundle), settings, address
+        self.build_dir, self.start_timeout, self.drain_timeout = Path(build_dir).resolve(), start_timeout, drain_timeout
+        self._wanted, self._say = ports, say
+        self.ports = ports
+        self.process: subprocess.Popen | None = None
+        self._shm_prefix = f"dspark_{os.getpid()}_{secrets.token_hex(3)}_"
+        self._closing = threading.Event()
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.address}:{self.ports.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        return f"{self.address}:{self.ports.http}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"{self.address}:{self.ports.metrics}"
+
+    @property
+    def folder(self) -> Path:
+        return self.build_dir / "triton" / f"{self.bundle.name}-{self.ports.grpc}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    def __enter__(self) -> "TritonServer":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> "TritonServer":
+        """Starts the server and waits until a probe has gone through all its models."""
+        try:
+            Bundle.load(self.bundle, check_hashes=False)  # the hashes are checked by the model that opens the engines
+        except BundleError as error:
+            raise ServerError(str(error)) from None
+        wheel = Wheel.find()
+        _check_installed()
+        self.ports = self._wanted.resolve(self.address)
+        backends = assemble_backend(wheel, self.build_dir / "runtime")
+        repository = build(self.bundle, self.folder / "repo", self.settings)
+        line = command(wheel, backends, repository, self.address, self.ports, self._shm_prefix)
+        self._spawn(line, environment(wheel))
+        return self
+
+    def _spawn(self, line: list[str], env: dict[str, str]) -> None:
+        self._line, self._env = line, env
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C reaches the launcher, which drains first.
+            self.process = subprocess.Popen(
+                line, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            self._await_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _await_ready(self) -> None:
+        started = heard = time.monotonic()
+        while not self._ready():
+            now = time.monotonic()
+            if self.process.poll() is not None:
+                raise ServerError(f"tritonserver did not start: {_reason(self.log)} (log: {self.log})")
+            if now - started > self.start_timeout:
+                raise ServerError(f"tritonserver was not ready after {self.start_timeout:g} s (log: {self.log}).")
+            if now - heard >= 2:
+                heard = now
+                self._say(f"tritonserver loads {self.bundle.name} ({now - started:.0f} s; log: {self.log})")
+            time.sleep(0.05)
+        control.probe(self.grpc_url, timeout=self.start_timeout)
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def watch(self, every: float = 10.0, timeout: float = 30.0) -> None:
+        """Probes until close() is called: when no decoding round took place for `every` seconds (idle, or stuck), one
+        token must come through within `timeout` seconds; otherwise the models are loaded again, then the server."""
+        seen = None
+        while not self._closing.wait(every):
+            rounds = self._rounds()
+            if rounds is not None and rounds != seen and self.alive:
+                seen = rounds
+                continue
+            self.check(timeout)
+            seen = self._rounds()
+
+    def check(self, timeout: float = 30.0) -> bool:
+        """Probes once; True when all is well, False when something had to be recovered. Raises ServerError if it could not."""
+        try:
+            if not self.alive:
+                raise ServerError(f"tritonserver exited with code {self.process.returncode} (log: {self.log}).")
+            control.probe(self.grpc_url, timeout)
+            return True
+        except ServerError as error:
+            self._say(f"The probe failed: {error}")
+        self._recover(timeout)
+        return False
+
+    def _recover(self, timeout: float) -> None:
+        """New stubs by unload and load; a new server when that does not help."""
+        if self.alive:
+            try:
+                control.reload(self.grpc_url, timeout=60.0)
+                control.probe(self.grpc_url, timeout)
+                self._say("The models were loaded again; the server serves.")
+                return
+            except ServerError as error:
+                self._say(f"Loading the models again did not help: {error}")
+        self.kill()
+        self._spawn(self._line, self._env)
+        self._say("The server was started again; it serves.")
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def _rounds(self) -> float | None:
+        try:
+            return control.metrics(self.metrics_url).get("dspark_rounds_total")
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Ends watch() (from a signal handler or another thread)."""
+        self._closing.set()
+
+    def stop(self) -> None:
+        """Drains, then stops: no new requests, every stream ends or `drain_timeout` passes, SIGTERM, SIGKILL.
+
+        Without draining first, ensemble streams in flight would stall without an error and the server would hang.
+        """
+        self.close()
+        if self.alive:
+            self._drain()
+        self._terminate()
+
+    def _drain(self) -> None:
+        """Waits until every request has got its last response; a server that does not answer is not waited for."""
+        started = heard = time.monotonic()
+        try:
+            while left := control.drain(self.grpc_url):
+                now = time.monotonic()
+                if now - started > self.drain_timeout:
+                    self._say(f"{left} requests were still running after {self.drain_timeout:g} s and are cut off.")
+                    return
+                if now - heard >= 2:
+                    heard = now
+                    self._say(f"draining: {left} requests are still running ({now - started:.0f} s)")
+                time.sleep(0.1)
+            time.sleep(GRACE_SECONDS)
+        except ServerError:
+            pass
+
+    def _terminate(self) -> None:
+        if self.alive:
+            self.process.terminate()
+            try:
+                self.process.wait(EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its stubs, then removes the shared memory they leave."""
+        if self.process is None:
+            return
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        for file in shm_files(self._shm_prefix):
+            file.unlink(missing_ok=True)
+
+
+def _check_installed() -> None:
+    """The stubs see the environment's site-packages only, not the launcher's folder or PYTHONPATH."""
+    line = [sys.executable, "-I", "-c", "import decoding, engines, triton_repo"]
+    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        what = done.stderr.strip().rsplit("\n", 1)[-1]
+        raise ServerError(f"The project is not installed in {sys.prefix} ({what}): pip install -e .")
+
+
+def _reason(log: Path) -> str:
+    """Why the server did not start: the model's own sentence, or the last line of the log."""
+    text = log.read_text(errors="replace")
+    text = text[text.rfind("error: creating server") :] if "error: creating server" in text else text
+    found = re.findall(r"UNAVAILABLE state: \w+: (.+)", text) or [line for line in text.splitlines() if line.strip()]
+    return found[-1].strip().rstrip(";").strip() if found else "it left no log"

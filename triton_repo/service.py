@@ -1,0 +1,294 @@
+"""Requests in, one response per request and round out: the engine thread that decodes and the sender thread that answers.
+
+Knows: the decoding loop's interface (only the engine thread touches it) and the bookkeeping of a response. Refuses to
+know: Triton (a Sink sends), text (postprocessing), what a round does (decoding).
+
+Why two threads: sending blocks 0.3-0.4 ms a response, time that belongs to the next round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from decoding.request import Request, RequestError, SamplingParams
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Round:
+    """One response. output_ids: the new tokens; the totals run from the request's start; finish_reason is "" until the
+    last response (stop | length | cancelled). An empty one with finish_reason "" is a heartbeat."""
+
+    uid: int
+    index: int
+    output_ids: np.ndarray  # [t] int32
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    num_rounds: int
+    total_draft_tokens: int
+    total_accepted_draft_tokens: int
+    accepted_per_position: np.ndarray  # [G] int32: rounds that accepted more than k draft tokens
+    settings: str
+
+
+class Sink(Protocol):
+    """Where the responses of one request go."""
+
+    def send(self, response: Round, *, final: bool) -> None: ...
+
+    def fail(self, message: str) -> None: ...
+
+
+class Observer(Protocol):
+    """Called by the sender thread only (metrics.py)."""
+
+    def round(self, seconds: float) -> None: ...
+
+    def request(self, verified: int, accepted: int, emitted: int) -> None: ...
+
+    def gauges(self, active: int, waiting: int) -> None: ...
+
+    def flush(self, *, force: bool = False) -> None: ...
+
+
+@dataclass
+class _Tally:
+    """The sender thread's account of one request."""
+
+    sink: Sink
+    settings: str
+    prompt_tokens: int
+    accepted: np.ndarray
+    index: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Service:
+    """Runs a loop until closed. Threads start at once.
+
+    make_loop() -> decoding Loop; called again after a round failed, since the failed loop's state is unknown.
+    block_size: G of the draft. on_close: called by the engine thread when it is done with the loop.
+    """
+
+    def __init__(
+        self,
+        make_loop: Callable[[], object],
+        *,
+        block_size: int,
+        observer: Observer | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ):
+        self._make_loop, self._block_size, self._observer, self._on_close = make_loop, block_size, observer, on_close
+        self._loop = make_loop()
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._uids = itertools.count(secrets.randbits(48) << 8)  # of this process: a restarted engine never repeats one
+        self._lock = threading.Lock()
+        self._in_flight: set[int] = set()
+        self._waiting, self._draining = 0, False
+        self._threads = [
+            threading.Thread(target=self._decode, name="dspark-engine", daemon=True),
+            threading.Thread(target=self._send, name="dspark-sender", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Called by any thread.
+
+    def submit(self, prompt_ids: tuple[int, ...], params: SamplingParams, sink: Sink, settings: str = "{}") -> int:
+        """Queues a request; its answers (or its refusal) go to the sink. Returns the uid that `stop` takes.
+
+        Raises RequestError when the server is draining or its engine thread is gone.
+        """
+        if not self._threads[0].is_alive():
+            raise RequestError("The engine thread has stopped; the model must be loaded again.")
+        uid = next(self._uids)
+        with self._lock:
+            if self._draining:
+                raise RequestError("The server is draining and takes no new requests.")
+            self._in_flight.add(uid)
+        self._commands.put(("add", uid, prompt_ids, params, sink, settings))
+        return uid
+
+    def stop(self, uid: int) -> None:
+        """Cancels a request before its next round; an unknown or finished uid is ignored."""
+        self._commands.put(("cancel", uid))
+
+    def drain(self, on: bool = True) -> None:
+        """Refuses new requests from now on (or takes them again)."""
+        with self._lock:
+            self._draining = on
+
+    def counts(self) -> tuple[int, int]:
+        """(requests whose last response is not sent yet, those of them that wait for a slot)."""
+        with self._lock:
+            return len(self._in_flight), self._waiting
+
+    def close(self) -> None:
+        """Ends both threads after the round under way; whoever is left gets finish_reason cancelled."""
+        self._commands.put(("close",))
+        for thread in self._threads:
+            thread.join(timeout=30)
+
+    # The engine thread.
+
+    def _decode(self) -> None:
+        live: set[int] = set()
+        while True:
+            if not self._obey(live):
+                break
+            started = time.perf_counter()
+            try:
+                outputs = self._loop.step()
+            except Exception as error:  # one bad round must not end the service
+                log.exception("A decoding round failed")
+                self._outbox.put(("failed", tuple(live), f"The decoding round failed: {type(error).__name__}: {error}"))
+                live.clear()
+                self._loop = self._make_loop()
+                continue
+            live.difference_update(o.request_id for o in outputs if o.finish_reason)
+            seconds = time.perf_counter() - started
+            self._outbox.put(("round", outputs, seconds, self._loop.active, self._loop.waiting))
+        self._outbox.put(("failed", tuple(live), "The model is being unloaded."))
+        self._outbox.put(("close",))
+        self._on_close()
+
+    def _obey(self, live: set[int]) -> bool:
+        """Takes the commands that wait (and, with nothing to decode, waits for one); False = close."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._loop.has_work)
+            except queue.Empty:
+                return True
+            if command[0] == "close":
+                return False
+            if command[0] == "cancel":
+                self._cancel(command[1], live)
+                continue
+            _, uid, prompt_ids, params, sink, settings = command
+            self._outbox.put(("admitted", uid, sink, settings, len(prompt_ids)))
+            try:
+                self._loop.add(Request(uid, prompt_ids, params))
+                live.add(uid)
+            except RequestError as error:
+                self._outbox.put(("failed", (uid,), str(error)))
+            except Exception as error:
+                log.exception("A request could not be added")
+                self._outbox.put(("failed", (uid,), f"The request could not be added: {type(error).__name__}: {error}"))
+
+    def _cancel(self, uid: int, live: set[int]) -> None:
+        if uid in live:
+            self._loop.cancel(uid)
+
+    # The sender thread.
+
+    def _send(self) -> None:
+        tallies: dict[int, _Tally] = {}
+        while True:
+            try:
+                kind, *rest = self._outbox.get(timeout=HEARTBEAT_SECONDS)
+            except queue.Empty:
+                kind, rest = "", []
+            if kind == "close":
+                return
+            if kind == "admitted":
+                uid, sink, settings, prompt_tokens = rest
+                tallies[uid] = _Tally(sink, settings, prompt_tokens, np.zeros(self._block_size, np.int32))
+            elif kind == "failed":
+                for uid in rest[0]:
+                    self._fail(tallies.pop(uid, None), uid, rest[1])
+            elif kind == "round":
+                outputs, seconds, active, waiting = rest
+                for output in outputs:
+                    self._answer(tallies, output)
+                self._observe(outputs, seconds, active, waiting)
+            self._heartbeat(tallies)
+            if self._observer:
+                self._guard(self._observer.flush)
+
+    def _answer(self, tallies: dict[int, _Tally], output) -> None:
+        tally = tallies.get(output.request_id)
+        if tally is None:
+            return
+        if output.finish_reason == "error":
+            del tallies[output.request_id]
+            self._fail(tally, output.request_id, f"The decoding round failed: {output.error}")
+            return
+        tally.tokens += len(output.token_ids)
+        if output.stats is not None:
+            tally.rounds += 1
+            tally.drafted += output.stats.verified
+            tally.accepted[: output.stats.accepted] += 1
+        self._respond(output.request_id, tally, output.token_ids, output.finish_reason or "")
+        if output.finish_reason:
+            del tallies[output.request_id]
+
+    def _respond(self, uid: int, tally: _Tally, token_ids, finish_reason: str) -> None:
+        response = Round(
+            uid=uid,
+            index=tally.index,
+            output_ids=np.asarray(token_ids, np.int32),
+            finish_reason=finish_reason,
+            num_input_tokens=tally.prompt_tokens,
+            num_output_tokens=tally.tokens,
+            num_rounds=tally.rounds,
+            total_draft_tokens=tally.drafted,
+            total_accepted_draft_tokens=int(tally.accepted.sum()),
+            accepted_per_position=tally.accepted.copy(),
+            settings=tally.settings if tally.index == 0 else "",
+        )
+        tally.index += 1
+        tally.heard = time.monotonic()
+        self._guard(tally.sink.send, response, final=bool(finish_reason))
+        if finish_reason:
+            self._forget(uid)
+
+    def _heartbeat(self, tallies: dict[int, _Tally]) -> None:
+        """An empty response to requests that wait or prefill: a cancelled one is only noticed on a response's way out."""
+        now, pause = time.monotonic(), HEARTBEAT_SECONDS * max(1, len(tallies) / 16)
+        for uid, tally in tallies.items():
+            if now - tally.heard >= pause:
+                self._respond(uid, tally, (), "")
+
+    def _fail(self, tally: _Tally | None, uid: int, message: str) -> None:
+        if tally is not None:
+            self._guard(tally.sink.fail, message)
+        self._forget(uid)
+
+    def _forget(self, uid: int) -> None:
+        with self._lock:
+            self._in_flight.discard(uid)
+
+    def _observe(self, outputs, seconds: float, active: int, waiting: int) -> None:
+        self._waiting = waiting
+        if self._observer is None:
+            return
+        self._observer.round(seconds)
+        self._observer.gauges(active, waiting)
+        for o in outputs:
+            verified, accepted = (o.stats.verified, o.stats.accepted) if o.stats else (0, 0)
+            self._observer.request(verified, accepted, len(o.token_ids))
+
+    @staticmethod
+    def _guard(call: Callable, *args, **kwargs) -> None:
+        """A client that is gone must not end the sender."""
+        try:
+            call(*args, **kwargs)
+        except Exception:
+            log.exception("A response could not be sent")
