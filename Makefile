@@ -10,12 +10,17 @@ MODEL := build/models/smollm2-135m-instruct
 TARGET ?= $(MODEL)
 DRAFT ?= training/heads/smollm2-135m-instruct
 DTYPE ?= int8
-BUNDLE ?= build/bundles/$(notdir $(patsubst %/,%,$(TARGET)))-$(DTYPE)
+BUNDLE ?= build/bundles/$(NAME)-$(DTYPE)
 PROMPTS ?=
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 TORCH_INDEX ?=
+NAME := $(notdir $(patsubst %/,%,$(TARGET)))
+DATA ?= build/data/$(NAME)
+RUN ?= build/runs/$(NAME)
+GENERATE ?= --count 3600 --seed 1
+TRAIN ?= --minutes 75 --seed 1
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -37,6 +42,8 @@ help: ## list the targets and the variables
 	@echo "  BUNDLE=$(BUNDLE)"
 	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"
 	@echo "  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT)   of make serve, on 127.0.0.1"
+	@echo "  DATA=$(DATA) RUN=$(RUN)   of make train"
+	@echo "  GENERATE='$(GENERATE)' TRAIN='$(TRAIN)'   its recipe"
 	@echo "  ARGS=                       passed on to the target's command"
 
 venv: $(STAMP) ## make .venv and install the pinned dependencies
@@ -70,8 +77,9 @@ serve: $(NEEDS) ## serve BUNDLE on a real Triton server until Ctrl-C
 	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
 	@$(PY) -m triton_repo serve --bundle $(BUNDLE) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
 
-train: $(NEEDS) ## make the shipped head again (hours on a laptop)
-	@$(PY) -m training train --target $(TARGET) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+train: $(NEEDS) ## make the head again: answers of TARGET into DATA, then the head into RUN/latest (hours)
+	@$(PY) -m training generate --target $(TARGET) --out $(DATA) $(GENERATE) $(if $(PROMPTS),--prompts $(PROMPTS))
+	@$(PY) -m training train --target $(TARGET) --data $(DATA) --out $(RUN) $(TRAIN) $(ARGS)
 
 bench: $(NEEDS) ## throughput and latency, in process and over gRPC (2 to 3 minutes; ARGS=--full for more)
 	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)

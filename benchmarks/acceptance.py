@@ -10,36 +10,49 @@ from typing import Annotated
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 import engines
 from decoding.schedule import Fixed
 
 from . import bundle as bundles
-from .common import console_for_tables, encode, OWN_PROMPTS, percent, read_items, write_result
+from .common import OWN_PROMPTS, console_for_tables, encode, percent, read_items, rich_table, write_result
 from .inprocess import run
 
+TITLE = "Acceptance: tokens per target pass (bonus included); per position, % of the rounds"
+COLUMNS = (
+    ("prompts", lambda r: r["name"]),
+    ("temperature", lambda r: f"{r['temperature']:g}"),
+    ("n", lambda r: str(r["prompts"])),
+    ("output tokens", lambda r: str(r["output_tokens"])),
+    ("acceptance length", lambda r: f"{r['acceptance_length']:.2f}"),
+    ("per position %", lambda r: percent(r["per_position"])),
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def measure(opened, prompts: list[list[int]], *, temperature: float, max_tokens: int, concurrency: int, seed: int,
-            progress=lambda done: None) -> dict:
+def measure(
+    opened,
+    prompts: list[list[int]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    concurrency: int,
+    seed: int,
+    progress=lambda done: None,
+) -> dict:
     """One row: acceptance over all rounds of all prompts, and what the answers were like."""
-    done = run(opened, Fixed(), prompts, concurrency=concurrency, max_tokens=max_tokens, temperature=temperature,
-               seed=seed, progress=progress)
+    done = run(
+        opened,
+        Fixed(),
+        prompts,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+    )
     tokens = sum(len(t.tokens) for t in done.timings)
     return {"temperature": temperature, "prompts": len(prompts), "output_tokens": tokens, **done.acceptance.as_json()}
-
-
-def table(rows: list[dict]) -> Table:
-    shown = Table(title="Acceptance: tokens per target pass (bonus included); per position, % of the rounds")
-    for name, side in (("prompts", "left"), ("T", "right"), ("n", "right"), ("output tokens", "right"),
-                       ("acceptance length", "right"), ("per position %", "left")):
-        shown.add_column(name, justify=side)
-    for row in rows:
-        shown.add_row(row["name"], f"{row['temperature']:g}", str(row["prompts"]), str(row["output_tokens"]),
-                      f"{row['acceptance_length']:.2f}", percent(row["per_position"]))
-    return shown
 
 
 @app.command()
@@ -48,7 +61,9 @@ def main(
     draft: bundles.DraftOption = bundles.DRAFT,
     bundle: bundles.BundleOption = bundles.BUNDLE,
     dtype: bundles.DtypeOption = "int8",
-    prompts: Annotated[list[Path], typer.Option(help="JSONL with turns, prompt or messages; repeat for more files")] = [OWN_PROMPTS],
+    prompts: Annotated[list[Path], typer.Option(help="JSONL with turns, prompt or messages; repeat for more files")] = [
+        OWN_PROMPTS
+    ],
     limit: Annotated[int, typer.Option(help="prompts of each file")] = 40,
     max_tokens: Annotated[int, typer.Option(help="of each answer")] = 256,
     concurrency: Annotated[int, typer.Option(help="requests decoded together")] = 8,
@@ -59,21 +74,29 @@ def main(
     manifest, console = bundles.ensure(target, draft, bundle, dtype), console_for_tables()
     opened = engines.load(bundle)
     longest = opened.bundle.max_context - opened.bundle.draft.block_size - max_tokens
+    settings = {"target": manifest["target"]["name"], "dtype": dtype, "max_tokens": max_tokens}
+    settings["draft_hash"] = manifest["draft"]["hash"]
     rows = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for path in prompts:
             encoded = [ids for ids in encode(bundle, read_items(path, limit)) if len(ids) <= longest]
             for temperature in (0.0, 1.0):
                 task = bar.add_task(f"{path.stem} T={temperature:g}", total=len(encoded))
-                row = measure(opened, encoded, temperature=temperature, max_tokens=max_tokens, concurrency=concurrency,
-                              seed=seed, progress=lambda done: bar.update(task, completed=done))
+                row = measure(
+                    opened,
+                    encoded,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    concurrency=concurrency,
+                    seed=seed,
+                    progress=lambda done: bar.update(task, completed=done),
+                )
                 rows.append({"name": path.stem, **row})
                 bar.remove_task(task)
                 if not console.is_terminal:
                     console.print(f"{path.stem} T={temperature:g}: {row['acceptance_length']:.3f}")
-                write_result(out, {"bundle": {"draft_hash": manifest["draft"]["hash"], "dtype": dtype}, "max_tokens": max_tokens,
-                                   "rows": rows})
-    console.print(table(rows))
+                write_result(out, {**settings, "rows": rows})
+    console.print(rich_table(TITLE, COLUMNS, rows))
     console.print(f"written: {out}", soft_wrap=True)
 
 

@@ -2,8 +2,9 @@
 
 Knows: which runs are compared and in which order. Refuses to know: how a request is decoded or sent.
 
-Runs of one level are interleaved (none, fixed, threshold, none, ...), so that a slow minute of the machine hits all of them;
-medians are taken over repeats. Requests stop where the model stops; greedy, so every schedule gives the same text.
+Runs of one level are interleaved (none, fixed, threshold, none, ...), so that a slow minute of the machine hits all of
+them; medians are taken over repeats. Requests stop where the model stops; greedy, so every schedule gives the same
+text.
 """
 
 from __future__ import annotations
@@ -15,13 +16,30 @@ from typing import Annotated
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 from . import bundle as bundles
-from .common import console_for_tables, encode, Item, median, OWN_PROMPTS, read_items, write_result
-from .inprocess import Run, run
+from .common import OWN_PROMPTS, Item, console_for_tables, encode, median, read_items, rich_table, write_result
+from .inprocess import run
+from .timing import Run
 
 SCHEDULES = ("none", "fixed", "threshold")
+COLUMNS = (
+    ("where", lambda r: r["where"]),
+    ("users", lambda r: str(r["concurrency"])),
+    ("schedule", lambda r: r["schedule"]),
+    ("tok/s", lambda r: f"{r['output_tok_s']:.1f}"),
+    ("ratio", lambda r: f"{r['ratio']:.2f}"),
+    ("per user", lambda r: f"{r['user_tok_s']:.1f}"),
+    ("TTFT ms", lambda r: f"{r['ttft_ms']:.0f}"),
+    ("ITL ms", lambda r: f"{r['itl_ms']:.1f}"),
+    ("accepted", lambda r: f"{r['acceptance_length']:.2f}"),
+    ("verified", lambda r: f"{r['verified_per_round']:.2f}"),
+    ("outside %", lambda r: f"{100 * r['outside_engines']:.1f}" if "outside_engines" in r else ""),
+)
+LEGEND = (
+    "tok/s: output tokens of all users; ratio: to `none` in the same runs; per user: 1 / ITL; accepted: tokens a "
+    "target pass, bonus included; verified: draft tokens a round; outside: share of the time without a running engine."
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Runner = Callable[[str, list[Item], int], Run]  # (schedule, items, concurrency) -> Run
 
@@ -52,12 +70,19 @@ def over_grpc(bundle: Path, max_tokens: int, threshold: float, stack: ExitStack)
     urls = {}
     for schedule in ("fixed", "threshold"):
         settings = Settings(schedule=schedule, threshold=threshold)
-        server = stack.enter_context(TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None))
+        server = stack.enter_context(
+            TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None)
+        )
         urls[schedule] = server.grpc_url
 
     def runner(schedule: str, items: list[Item], concurrency: int) -> Run:
-        return load(urls.get(schedule, urls["fixed"]), items, concurrency=concurrency, max_tokens=max_tokens,
-                    speculative=schedule != "none")
+        return load(
+            urls.get(schedule, urls["fixed"]),
+            items,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            speculative=schedule != "none",
+        )
 
     return runner
 
@@ -80,26 +105,15 @@ def measure(runner: Runner, items: list[Item], concurrency: int, repeats: int, a
     return [row | {"ratio": round(row["output_tok_s"] / plain, 4)} for row in rows]
 
 
-def table(rows: list[dict], where: str) -> Table:
-    shown = Table(title=f"{where}: output tokens only, medians of interleaved runs")
-    for name in ("users", "schedule", "tok/s", "ratio", "tok/s/user", "TTFT ms", "ITL ms", "acceptance length", "verified/round",
-                 "outside engines %"):
-        shown.add_column(name, justify="left" if name == "schedule" else "right")
-    for r in rows:
-        outside = f"{100 * r['outside_engines']:.1f}" if "outside_engines" in r else ""
-        shown.add_row(str(r["concurrency"]), r["schedule"], f"{r['output_tok_s']:.1f}", f"{r['ratio']:.2f}", f"{r['user_tok_s']:.1f}",
-                      f"{r['ttft_ms']:.0f}", f"{r['itl_ms']:.1f}", f"{r['acceptance_length']:.2f}", f"{r['verified_per_round']:.2f}",
-                      outside, end_section=r["schedule"] == SCHEDULES[-1])
-    return shown
-
-
 @app.command()
 def main(
     target: bundles.TargetOption = bundles.TARGET,
     draft: bundles.DraftOption = bundles.DRAFT,
     bundle: bundles.BundleOption = bundles.BUNDLE,
     dtype: bundles.DtypeOption = "int8",
-    prompts: Annotated[Path, typer.Option(help="JSONL with prompt, messages or turns; default: the repository's own")] = OWN_PROMPTS,
+    prompts: Annotated[
+        Path, typer.Option(help="JSONL with prompt, messages or turns; default: the repository's own")
+    ] = OWN_PROMPTS,
     concurrency: Annotated[str, typer.Option(help="comma-separated numbers of users")] = "1,2,4,8,16",
     full: Annotated[bool, typer.Option("--full/--quick", help="more requests, longer answers, more repeats")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="of each answer; 48 quick, 128 full")] = None,
@@ -126,9 +140,21 @@ def main(
                 found = measure(runner, chosen, level, repeats, lambda: bar.advance(task))
                 bar.remove_task(task)
                 rows += [{"where": where, **row} for row in found]
-                write_result(out, {"target": manifest["target"]["name"], "dtype": dtype, "max_tokens": max_tokens,
-                                   "repeats": repeats, "threshold": threshold, "rows": rows})
-        console.print(table([r for r in rows if r["where"] == where], where))
+                write_result(
+                    out,
+                    {
+                        "target": manifest["target"]["name"],
+                        "dtype": dtype,
+                        "max_tokens": max_tokens,
+                        "repeats": repeats,
+                        "threshold": threshold,
+                        "rows": rows,
+                    },
+                )
+        console.print(
+            rich_table(f"{where}, medians of interleaved runs", COLUMNS[1:], [r for r in rows if r["where"] == where])
+        )
+    console.print(LEGEND, style="dim")
     console.print(f"written: {out}", soft_wrap=True)
 
 

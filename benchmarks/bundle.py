@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def ensure(target: Path, draft: Path, bundle: Path, dtype: str) -> dict:
-    """The manifest of `bundle`, exported first when it does not fit the checkpoints, the dtype or this version's format.
+    """The manifest of `bundle`, exported first when it does not fit the checkpoints, the dtype or this format.
 
     Raises typer.Exit after one sentence when a checkpoint is missing or the export fails.
     """
@@ -37,7 +37,19 @@ def ensure(target: Path, draft: Path, bundle: Path, dtype: str) -> dict:
     reason = stale(target, draft, bundle, dtype)
     if reason:
         print(f"export: {reason}; compiling {bundle}", flush=True)
-        command = [sys.executable, "-m", "export", "--target", target, "--draft", draft, "--out", bundle, "--dtype", dtype]
+        command = [
+            sys.executable,
+            "-m",
+            "export",
+            "--target",
+            target,
+            "--draft",
+            draft,
+            "--out",
+            bundle,
+            "--dtype",
+            dtype,
+        ]
         if subprocess.run([str(part) for part in command]).returncode:
             fail(f"The export of {bundle} failed; its message is above.")
         reason = stale(target, draft, bundle, dtype)
@@ -85,7 +97,10 @@ def fail(sentence: str) -> None:
 
 @app.command()
 def main(
-    target: TargetOption = TARGET, draft: DraftOption = DRAFT, bundle: BundleOption = BUNDLE, dtype: DtypeOption = "int8"
+    target: TargetOption = TARGET,
+    draft: DraftOption = DRAFT,
+    bundle: BundleOption = BUNDLE,
+    dtype: DtypeOption = "int8",
 ) -> None:
     """Makes the bundle when it is missing or does not fit."""
     ensure(target, draft, bundle, dtype)

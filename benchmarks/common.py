@@ -9,15 +9,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from decoding.chat import ChatTokenizer
 
@@ -113,8 +115,29 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
+Columns = tuple[tuple[str, Callable[[dict], str]], ...]  # title, and the cell of a row
+
+
+def rich_table(title: str, columns: Columns, rows: Sequence[dict]) -> Table:
+    """For the terminal: texts left, numbers right."""
+    shown = Table(title=title)
+    for name, cell in columns:
+        numbers = all(re.fullmatch(r"[\d.]*", cell(row)) for row in rows)
+        shown.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        shown.add_row(*(cell(row) for _, cell in columns))
+    return shown
+
+
+def markdown_table(columns: Columns, rows: Sequence[dict]) -> str:
+    """For a document: the first column left, the others right."""
+    lines = [[name for name, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def percent(values: Sequence[float]) -> str:
-    """"71 52 38": shares as whole per cents."""
+    """ "71 52 38": shares as whole per cents."""
     return " ".join(f"{100 * v:.0f}" for v in values)
 
 
@@ -133,14 +156,21 @@ def machine() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1),
-            "python": platform.python_version(), **versions}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def write_result(path: Path, body: dict) -> None:
     """JSON with the machine, the command and the date; written beside, then renamed."""
     module = Path(sys.argv[0]).with_suffix("").name
-    command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
+    # A file outside this folder is named, its place on this machine is nobody's business.
+    arguments = [Path(a).name if Path(a).is_absolute() or a.startswith("..") else a for a in sys.argv[1:]]
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")

@@ -14,24 +14,35 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress
-from rich.table import Table
+from rich.text import Text
 
+from client import Client, ClientError
 from triton_repo.runtime import Ports, ServerError
 from triton_repo.server import TritonServer
 
 from . import bundle as bundles
-from .common import console_for_tables, Item, median, OWN_PROMPTS, percent, read_items, write_result
-from .remote import Answer, Remote
+from .common import OWN_PROMPTS, Item, console_for_tables, median, percent, read_items, rich_table, write_result
+from .remote import Answer, ask
 
+COLUMNS = (
+    ("prompt", lambda r: r["name"]),
+    ("output tokens", lambda r: str(r["output_tokens"])),
+    ("acceptance length", lambda r: f"{r['acceptance_length']:.2f}"),
+    ("per position %", lambda r: percent(r.get("acceptance_per_position", ()))),
+    ("DSpark tok/s", lambda r: f"{r['tok_s_dspark']:.1f}"),
+    ("target tok/s", lambda r: f"{r['tok_s_target']:.1f}"),
+    ("ratio", lambda r: f"{r['speed_ratio']:.2f}"),
+    ("identical", lambda r: "yes" if r["identical"] else f"no, from token {r['first_difference']}"),
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def compare(remote: Remote, item: Item, *, max_tokens: int, repeats: int, progress=lambda: None) -> dict:
+def compare(client: Client, item: Item, *, max_tokens: int, repeats: int, progress=lambda: None) -> dict:
     """One prompt, greedy, with and without the draft in turn: `repeats` runs each after one warm-up each."""
     runs: dict[bool, list[Answer]] = {True: [], False: []}
     for number in range(repeats + 1):
         for speculative in (True, False):
-            answer = remote.ask(item.messages, max_tokens=max_tokens, speculative=speculative)
+            answer = ask(client, item.messages, max_tokens=max_tokens, speculative=speculative)
             if number:  # the first is the warm-up
                 runs[speculative].append(answer)
             progress()
@@ -55,7 +66,10 @@ def compare(remote: Remote, item: Item, *, max_tokens: int, repeats: int, progre
         "ttft_ms_target": round(1e3 * median(a.timing.first_token for a in runs[False]), 2),
         "identical": len(same) == 1,
         "first_difference": None if len(same) == 1 else first_difference(dspark.timing.tokens, target.timing.tokens),
-        "runs_tok_s": {"dspark": [round(a.tok_s, 2) for a in runs[True]], "target": [round(a.tok_s, 2) for a in runs[False]]},
+        "runs_tok_s": {
+            "dspark": [round(a.tok_s, 2) for a in runs[True]],
+            "target": [round(a.tok_s, 2) for a in runs[False]],
+        },
     }
 
 
@@ -69,37 +83,42 @@ def summary(rows: list[dict]) -> dict:
     rounds = sum(r["rounds"] for r in rows)
     pooled = sum(r["acceptance_length"] * r["rounds"] for r in rows) / rounds if rounds else 1.0
     return {
+        "name": "all",
+        "output_tokens": sum(r["output_tokens"] for r in rows),
         "acceptance_length": round(pooled, 4),
         "tok_s_dspark": round(median(r["tok_s_dspark"] for r in rows), 2),
         "tok_s_target": round(median(r["tok_s_target"] for r in rows), 2),
         "speed_ratio": round(median(r["speed_ratio"] for r in rows), 4),
         "identical": all(r["identical"] for r in rows),
+        "first_difference": min((r["first_difference"] for r in rows if not r["identical"]), default=None),
     }
 
 
-def table(rows: list[dict]) -> Table:
-    shown = Table(title="Greedy, one stream, through Triton; medians of interleaved runs")
-    for name in ("prompt", "output tokens", "acceptance length", "per position %", "DSpark tok/s", "target tok/s", "ratio", "identical"):
-        shown.add_column(name, justify="left" if name in ("prompt", "per position %", "identical") else "right")
-    for r in rows:
-        shown.add_row(r["name"], str(r["output_tokens"]), f"{r['acceptance_length']:.2f}", percent(r["acceptance_per_position"]),
-                      f"{r['tok_s_dspark']:.1f}", f"{r['tok_s_target']:.1f}", f"{r['speed_ratio']:.2f}",
-                      "yes" if r["identical"] else f"no, from token {r['first_difference']}")
-    s = summary(rows)
-    shown.add_section()
-    shown.add_row("all", str(sum(r["output_tokens"] for r in rows)), f"{s['acceptance_length']:.2f}", "",
-                  f"{s['tok_s_dspark']:.1f}", f"{s['tok_s_target']:.1f}", f"{s['speed_ratio']:.2f}", "yes" if s["identical"] else "no")
-    return shown
-
-
-def stream_all(console: Console, remote: Remote, items: list[Item], max_tokens: int) -> None:
+def stream_all(console: Console, client: Client, items: list[Item], max_tokens: int) -> None:
     """Every answer as it comes."""
     for item in items:
-        console.print(Panel(item.messages[-1]["content"], title=item.name, title_align="left", border_style="cyan"))
+        console.print(
+            Panel(Text(item.messages[-1]["content"]), title=item.name, title_align="left", border_style="cyan")
+        )
         show = lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-        answer = remote.ask(item.messages, max_tokens=max_tokens, speculative=True, on_text=show)
-        console.print(f"\n[dim]{len(answer.timing.tokens)} tokens, {answer.timing.finish_reason}, "
-                      f"{answer.acceptance_length:.2f} tokens a target pass[/]\n")
+        answer = ask(client, item.messages, max_tokens=max_tokens, speculative=True, on_text=show)
+        console.print(
+            f"\n[dim]{len(answer.timing.tokens)} tokens, {answer.timing.finish_reason}, "
+            f"{answer.acceptance_length:.2f} tokens a target pass[/]\n"
+        )
+
+
+def measure_all(console: Console, client: Client, items: list[Item], max_tokens: int, repeats: int) -> list[dict]:
+    """A row for each prompt."""
+    said, rows = "measuring, with and without the draft in turn", []
+    if not console.is_terminal:
+        console.print(said)
+    with Progress(console=console_for_tables(), transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(said, total=len(items) * 2 * (repeats + 1))
+        for item in items:
+            row = compare(client, item, max_tokens=max_tokens, repeats=repeats, progress=lambda: bar.advance(task))
+            rows.append(row)
+    return rows
 
 
 @app.command()
@@ -117,37 +136,31 @@ def main(
     """Streams a few answers from a Triton server and measures them with the draft and without."""
     items = read_items(prompts, limit)
     manifest = bundles.ensure(target, draft, bundle, dtype)
+    name, block = manifest["target"]["name"], manifest["draft"]["block_size"]
     console = console_for_tables(record=True)
-    started = time.perf_counter()
     server = TritonServer(bundle, ports=Ports(0, 0, 0), say=lambda sentence: None)
     try:
+        started = time.perf_counter()
         with console.status("starting tritonserver"):
-            try:
-                server.start()
-            except ServerError as error:
-                bundles.fail(str(error))
-        console.print(f"tritonserver ready in {time.perf_counter() - started:.1f} s, gRPC on {server.grpc_url}, "
-                      f"{manifest['target']['name']} {dtype} with a draft of {manifest['draft']['block_size']} tokens a block\n",
-                      soft_wrap=True)
-        with Remote(server.grpc_url) as remote:
-            stream_all(console, remote, items, max_tokens)
-            rows = []
-            with Progress(console=console_for_tables(), transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task("measuring, with and without the draft in turn", total=len(items) * 2 * (repeats + 1))
-                if not console.is_terminal:
-                    console.print("measuring, with and without the draft in turn")
-                for item in items:
-                    rows.append(compare(remote, item, max_tokens=max_tokens, repeats=repeats, progress=lambda: bar.advance(task)))
+            server.start()
+        seconds = time.perf_counter() - started
+        console.print(f"tritonserver is ready after {seconds:.1f} s, gRPC on {server.grpc_url}", soft_wrap=True)
+        console.print(f"{name} {dtype}, a draft of {block} tokens a block\n", soft_wrap=True)
+        client = Client(server.grpc_url)
+        stream_all(console, client, items, max_tokens)
+        rows = measure_all(console, client, items, max_tokens, repeats)
+    except (ServerError, ClientError) as error:
+        bundles.fail(str(error))
     finally:
         with console.status("stopping tritonserver"):
             server.stop()
-    shutil.rmtree(server.folder, ignore_errors=True)
-    console.print(table(rows))
-    write_result(out, {
-        "target": manifest["target"]["name"], "dtype": dtype, "block_size": manifest["draft"]["block_size"],
-        "max_tokens": max_tokens, "repeats": repeats, "temperature": 0.0, "identical": all(r["identical"] for r in rows),
-        "summary": summary(rows), "prompts": rows,
-    })
+    shutil.rmtree(server.folder, ignore_errors=True)  # its log is kept when something went wrong
+    total = summary(rows)
+    title = "Greedy, one stream, through Triton; medians of interleaved runs"
+    console.print(rich_table(title, COLUMNS, [*rows, total]))
+    settings = {"target": name, "dtype": dtype, "block_size": block, "max_tokens": max_tokens, "repeats": repeats}
+    result = {**settings, "temperature": 0.0, "identical": total["identical"], "summary": total, "prompts": rows}
+    write_result(out, result)
     console.print(f"written: {out}", soft_wrap=True)
     out.with_suffix(".txt").write_text(console.export_text())
 

@@ -28,6 +28,10 @@ class Vocabulary:
         self.byte_fallback = "ByteFallback" in parts
         self._bytes: dict[int, bytes] = {}
 
+    def visible(self, ids: Iterable[int]) -> list[int]:
+        """Without special tokens and ids that the tokenizer does not know (a model's padded vocabulary)."""
+        return [i for i in ids if i not in self.special and self.tokenizer.id_to_token(i) is not None]
+
     def bytes_of(self, token: int) -> bytes:
         """The bytes of one token of a byte-level vocabulary; a token with a character outside its alphabet is UTF-8 text."""
         known = self._bytes.get(token)
@@ -46,7 +50,7 @@ class Vocabulary:
 
 
 def detokenizer(vocabulary: Vocabulary) -> "ByteDetokenizer | WindowDetokenizer":
-    """A fresh state for one stream of generated ids. Special tokens give no text."""
+    """A fresh state for one stream of generated ids. Special and unknown tokens give no text."""
     return ByteDetokenizer(vocabulary) if vocabulary.byte_level else WindowDetokenizer(vocabulary)
 
 
@@ -60,7 +64,7 @@ class ByteDetokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         v = self.vocabulary
-        return self.decoder.decode(b"".join(v.bytes_of(i) for i in ids if i not in v.special))
+        return self.decoder.decode(b"".join(v.bytes_of(i) for i in v.visible(ids)))
 
     def flush(self) -> str:
         """What is still held back; the stream is over."""
@@ -82,7 +86,7 @@ class WindowDetokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         v = self.vocabulary
-        new = [i for i in ids if i not in v.special]
+        new = v.visible(ids)
         if not new:
             return ""
         self.ids += new
@@ -124,10 +128,10 @@ class StopWords:
         if self.stopped:
             return "", True
         text = self.held + text
-        found = [at for word in self.words if (at := text.find(word)) >= 0]
-        if found:
+        found = [(at + len(word), at) for word in self.words if (at := text.find(word)) >= 0]
+        if found:  # the word that is complete first, so that the chunks do not matter
             self.held, self.stopped = "", True
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = 0
         for word in self.words:
             for n in range(min(len(word) - 1, len(text)), keep, -1):

@@ -149,10 +149,13 @@ class Loop:
     def _round(self) -> list[Output]:
         try:
             draft = self._draft()
+            passes = self._plan(draft)
+            # Between two passes a request may grow by a whole block.
+            self.engines.ensure_capacity(len(self._rows), self._longest() + max(max(work.counts) for work in passes))
         except Exception as error:  # an engine's failure must not end the loop
             return self._fail(list(self._rows), error)
         outputs: list[Output] = []
-        for work in self._plan(draft):
+        for work in passes:
             members = [s for s, n in zip(self._rows[work.first_row :], work.counts) if n]
             try:
                 outputs += self._run(work, draft)
@@ -169,20 +172,25 @@ class Loop:
     # -- draft and schedule ------------------------------------------------------------------------------------------
 
     def _draft(self) -> _Draft | None:
-        """The blocks of all speculative requests in decode, and how much of each is verified; None when there is none."""
+        """The blocks of all speculative requests in decode, and how much of each is verified; None when there is none.
+
+        Context that waits is handed to the draft on the way, also for requests still in prefill (their block is ignored).
+        """
         rows, G = self._rows, self.G
         drafted = np.array([s.speculative and s.decoding for s in rows])
-        if not drafted.any():
+        if not drafted.any() and max(s.pending_rows for s in rows) < 2 * self.token_budget:
             return None
         counts = np.array([s.pending_rows for s in rows], np.int64)
         lengths = np.array([s.draft_length for s in rows], np.int64)
         anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(rows, drafted)], np.int64)
-        self.engines.ensure_capacity(len(rows), max(int((lengths + counts.max()).max()) + G, self._longest()))
+        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + G, self._longest()))
         pieces = [s.pending for s in rows]
         batch = pack_backbone(pieces, counts, lengths, anchors, G, self.engines.draft_capacity, self.max_context)
         backbone = self._timed("backbone", self.engines.backbone, batch)
         for s in rows:
             s.injected()
+        if not drafted.any():
+            return None
         uniforms = np.stack([s.uniforms(DRAFT, G) if d else np.zeros(G, np.float32) for s, d in zip(rows, drafted)])
         batch = MarkovBatch(backbone.hidden, backbone.base_logits, anchors, self._temperatures(rows), uniforms)
         block = self._timed("markov", self.engines.markov, batch)
@@ -249,7 +257,6 @@ class Loop:
             tokens.append(fed)
         lengths = np.array([s.target_length for s in rows], np.int64)
         logit_counts = np.array([self._logits_wanted(s, n) for s, n in zip(rows, work.counts)], np.int64)
-        self.engines.ensure_capacity(len(self._rows), self._longest(max(work.counts)))
         batch, starts, logit_starts = pack_target(
             tokens, lengths, logit_counts, self.engines.target_capacity, self.max_context, work.first_row
         )
@@ -367,9 +374,9 @@ class Loop:
 
     # -- small things ------------------------------------------------------------------------------------------------
 
-    def _longest(self, slots: int = 0) -> int:
-        """Cache positions that the longest active request needs, with `slots` padded slots behind it."""
-        return max(s.target_length for s in self._rows) + max(slots, self.G + 1)
+    def _longest(self) -> int:
+        """Cache positions of the longest active request after one more block."""
+        return max(s.target_length for s in self._rows) + self.G + 1
 
     def _no_probs(self, R: int) -> ndarray:
         if len(self._empty) < R:

@@ -36,7 +36,7 @@ class Caches:
     def ensure(self, rows: int, length: int) -> None:
         """Holds `rows` rows of `length` positions, keeping the first positions of every row that stays.
 
-        Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
+        Raises MemoryError, and is then empty, when there is no room. Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
         """
         capacity = bucket(length)
         if capacity < self.capacity:
@@ -50,12 +50,18 @@ class Caches:
             return
         self._idle, self._wanted = 0, 0
         keep, common = min(self.rows, rows), min(self.capacity, capacity)
-        for i, old in enumerate(self.tensors):  # one at a time, so that the peak is one tensor more
-            new = self._empty(wanted, capacity)
-            new[:keep, :, :common] = old[:keep, :, :common]
-            self.tensors[i] = new
-        self.rows, self.capacity = wanted, capacity
         self.generation += 1
+        try:
+            for i, old in enumerate(self.tensors):  # one at a time, so that the peak is one tensor more
+                new = self._empty(wanted, capacity)
+                new[:keep, :, :common] = old[:keep, :, :common]
+                self.tensors[i] = new
+        except MemoryError:  # half of them have moved: start afresh; who catches this has lost what the caches held
+            wanted, capacity = 1, SMALLEST
+            self.tensors = [self._empty(wanted, capacity) for _ in self.tensors]
+            raise
+        finally:
+            self.rows, self.capacity = wanted, capacity
 
     def move_row(self, source: int, destination: int, length: int) -> None:
         """Copies the first `length` positions of row `source` over row `destination`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from training.draft import DraftModel
 
-from .decoder import Weights, attention, cache_write, head_rows, mlp, rms_norm, rope_tables
+from .decoder import Weights, attention, cache_write, group_mask, head_rows, mlp, rms_norm, rope_tables
 from .graph import Graph
 from .target import fix_cache_length, slice_cache
 
@@ -31,6 +31,7 @@ def build_backbone(model: DraftModel, max_context: int, *, static_cache: int | N
     mask = g.input("mask", "float32", ("R", 1, G, "C"))
     cos, sin = rope_tables(g, c.rope, D, max_context)
     k_rows, v_rows = (head_rows(g, pad_index, KV, first, 2 * KV) for first in (0, KV))  # [R, H_kv, Q]
+    groups = group_mask(g, c, mask)
 
     context = rms_norm(w, w.linear(features, "fc", quantizable=False), "hidden_norm", c.rms_norm_eps)  # [F, d]
     is_anchor = g.const((np.arange(G) == 0)[None, :], "bool")
@@ -51,7 +52,8 @@ def build_backbone(model: DraftModel, max_context: int, *, static_cache: int | N
         k, v = cache_write(g, c, i, k, v, write_index)
         if static_cache is not None:
             k, v = (slice_cache(g, cache, mask) for cache in (k, v))
-        o = g.op("Transpose", attention(g, c, q, k, v, mask), perm=[0, 2, 1, 3])
+        o = g.reshape(attention(g, c, q, k, v, groups), 0, H, G, D)
+        o = g.op("Transpose", o, perm=[0, 2, 1, 3])
         x = g.op("Add", x, w.linear(g.reshape(o, -1, H * D), f"{attn}.o_proj"))
         x = g.op("Add", x, mlp(w, rms_norm(w, x, f"{layer}.post_attention_layernorm", c.rms_norm_eps), f"{layer}.mlp", c))
     last = rms_norm(w, x, "norm", c.rms_norm_eps)

@@ -71,8 +71,22 @@ def cache_write(g: Graph, c: DecoderConfig, layer: int, key: str, value: str, wr
 
 
 def attention(g: Graph, c: DecoderConfig, q: str, k: str, v: str, mask: str) -> str:
-    """q [R, H, Q, D], k and v [R, H_kv, C, D], additive mask [R, 1, Q, C] -> [R, H, Q, D]."""
-    return g.op("Attention", q, k, v, mask, scale=float(c.head_dim) ** -0.5)
+    """q [R, H, Q, D], k and v [R, H_kv, C, D], mask from group_mask -> [R, H, Q, D], or a reshape of it.
+
+    The heads of a group are laid side by side as slots of one head, q [R, H_kv, H / H_kv * Q, D]: the same numbers, but
+    keys and values are read once a group, and a matrix product never has a single row, for which ONNX Runtime takes
+    another kernel with another rounding: a token's logits would depend on how many tokens share its pass. Without groups
+    each slot is computed twice for that reason.
+    """
+    alone = c.num_attention_heads == c.num_key_value_heads
+    q = g.op("Concat", q, q, axis=2) if alone else g.reshape(q, 0, c.num_key_value_heads, -1, c.head_dim)
+    o = g.op("Attention", q, k, v, mask, scale=float(c.head_dim) ** -0.5)
+    return g.op("Split", o, out=2, axis=2, num_outputs=2)[0] if alone else o
+
+
+def group_mask(g: Graph, c: DecoderConfig, mask: str) -> str:
+    """The additive mask [R, 1, Q, C] repeated for the slots that attention lays side by side; once a pass."""
+    return g.op("Concat", *[mask] * max(c.num_attention_heads // c.num_key_value_heads, 2), axis=2)
 
 
 def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:

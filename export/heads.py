@@ -13,6 +13,7 @@ from training.draft import DraftModel
 from .decoder import Weights
 from .graph import Graph
 
+SHORT_ROW = 1024  # up to here a float32 running sum is exact enough to draw from
 ALWAYS_CONFIDENT = 20.0  # the constant logit of a draft without a confidence head
 
 
@@ -81,15 +82,42 @@ def sampling_divisor(g: Graph, temperature: str) -> tuple[str, str]:
 
 
 def inverse_cdf(g: Graph, weights: str, uniform: str, size: int) -> str:
-    """weights [R, size] >= 0 (any total), uniform [R, 1] in [0, 1) -> [R, 1] int64: the count of cdf <= u * cdf_last.
+    """weights [R, size] >= 0 (any positive total), uniform [R, 1] in [0, 1) -> [R, 1] int64, drawn in proportion.
 
-    The chosen index always has a weight above zero, because its cdf exceeds the one before it.
+    Over one level it is the count of cdf <= u * cdf_last. A float32 running sum over a whole vocabulary would lose the
+    tail (terms under half an ulp of the sum), so a long row is drawn in two levels: a run of tokens by the runs' sums,
+    then a token in the run by what is left of the uniform. The chosen index always has a weight above zero.
     """
+    run = run_length(size)
+    if run == size:
+        return draw(g, weights, uniform, size)[0]
+    if size % run:
+        weights = g.op("Pad", weights, g.const([0, 0, 0, -size % run]), g.const(0.0, "float32"))
+    runs = g.reshape(weights, -1, -(-size // run), run)  # -1 first: R may be 0
+    sums = g.op("ReduceSum", runs, g.const([2]), keepdims=0)  # [R, size / run]
+    chosen, target, below, cdf = draw(g, sums, uniform, -(-size // run))
+    before = g.op("ReduceMax", g.op("Where", below, cdf, g.const(0.0, "float32")), g.const([1]), keepdims=1)
+    left = g.op("Div", g.op("Sub", target, before), g.op("GatherElements", sums, chosen, axis=1))
+    left = g.op("Clip", left, g.const(0.0, "float32"), g.const(1 - 2.0**-23, "float32"))
+    inside = draw(g, g.op("GatherND", runs, chosen, batch_dims=1), left, run)[0]
+    return g.op("Add", g.op("Mul", chosen, g.const(run)), inside)
+
+
+def draw(g: Graph, weights: str, uniform: str, size: int) -> tuple[str, str, str, str]:
+    """One level: (index [R, 1] int64, u * cdf_last [R, 1], cdf <= that [R, size] bool, cdf [R, size])."""
     cdf = g.op("CumSum", weights, g.const(1))
-    last = g.op("Gather", cdf, g.const([size - 1]), axis=1)
-    below = g.op("LessOrEqual", cdf, g.op("Mul", uniform, last))
+    target = g.op("Mul", uniform, g.op("Gather", cdf, g.const([size - 1]), axis=1))
+    below = g.op("LessOrEqual", cdf, target)
     count = g.op("ReduceSum", g.op("Cast", below, to=6), g.const([1]), keepdims=1)  # int32
-    return g.op("Cast", g.op("Min", count, g.const(size - 1, "int32")), to=7)  # int64
+    return g.op("Cast", g.op("Min", count, g.const(size - 1, "int32")), to=7), target, below, cdf
+
+
+def run_length(size: int) -> int:
+    """How many tokens one run has: the whole row when it is short, else near its square root, dividing it if it can."""
+    if size <= SHORT_ROW:
+        return size
+    root = int(size**0.5)
+    return next((n for n in range(root, 8 * root) if size % n == 0), root)
 
 
 class MarkovSteps:

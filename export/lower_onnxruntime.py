@@ -15,6 +15,9 @@ def lower(g: Graph) -> None:
     """Rewrites `g` in place."""
     lower_swish(g)
     lower_skip_norms(g)
+    lower_integer_matmuls(g)
+    g.prune()
+    check_order(g)
 
 
 def lower_swish(g: Graph) -> None:
@@ -45,7 +48,19 @@ def lower_skip_norms(g: Graph) -> None:
                                    domain=MICROSOFT, epsilon=eps)
             g.nodes[i] = new
     g.nodes = [n for n in g.nodes if n.name not in drop]
-    check_order(g)
+
+
+def lower_integer_matmuls(g: Graph) -> None:
+    """MatMulInteger, Cast to float32, Mul by the column scale -> MatMulIntegerToFloat."""
+    maker = {node.output[0]: node for node in g.nodes}
+    for i, node in enumerate(g.nodes):
+        cast = maker.get(node.input[0]) if node.op_type == "Mul" else None
+        product = maker.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
+        if product is None or product.op_type != "MatMulInteger" or node.input[1] not in g.weights:
+            continue
+        rows, weight, zero_point = product.input
+        inputs = [rows, weight, g.const(1.0, "float32"), node.input[1], zero_point]
+        g.nodes[i] = helper.make_node("MatMulIntegerToFloat", inputs, node.output, node.name, domain=MICROSOFT)
 
 
 def is_residual(g: Graph, add: NodeProto) -> bool:

@@ -227,8 +227,8 @@ class Parity:
         G, rng, to_target = self.G, self.rng, self.draft.draft_to_target().numpy()
         V, V_d = self.target.config.vocab_size, len(to_target)
         R = max(4, min(R, 4_000_000 // (V * (G + 1))))
-        logits = rng.standard_normal((R, G + 1, V), dtype=np.float32) * 3
-        draft_logits = logits[:, :G][..., to_target] + rng.standard_normal((R, G, V_d), dtype=np.float32)
+        logits = rng.standard_normal((R, G + 1, V), dtype=np.float32) * 4
+        draft_logits = logits[:, :G][..., to_target] + 0.5 * rng.standard_normal((R, G, V_d), dtype=np.float32)
         for case, temperature in (("random", np.where(np.arange(R) % 4, 0.5 + rng.random(R), 0)), ("random greedy", np.zeros(R))):
             temperature = temperature.astype(np.float32)
             scaled = draft_logits / np.where(temperature > 0, temperature, 1)[:, None, None]

@@ -11,7 +11,7 @@ import numpy as np
 
 from training.target import TargetModel
 
-from .decoder import Weights, attention, cache_write, head_rows, mlp, rms_norm, rope_tables
+from .decoder import Weights, attention, cache_write, group_mask, head_rows, mlp, rms_norm, rope_tables
 from .graph import Graph
 
 
@@ -35,6 +35,7 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
     qk_rows = head_rows(g, pad_index, H + KV, 0, H + 2 * KV)  # [R, H + H_kv, Q]
     v_rows = head_rows(g, pad_index, KV, H + KV, H + 2 * KV)  # [R, H_kv, Q]
     out_rows = packed_head_rows(g, pad_index, pack_index, H)  # [N, H]
+    groups = group_mask(g, c, mask)
 
     x = g.op("Gather", w.plain("embed_tokens.weight"), token_ids)
     features = {-1: x}
@@ -51,7 +52,7 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
         k, v = cache_write(g, c, i, k, v, write_index)
         if static_cache is not None:
             k, v = (slice_cache(g, cache, mask) for cache in (k, v))
-        o = g.reshape(attention(g, c, q, k, v, mask), -1, D)  # [R * H * Q, D]
+        o = g.reshape(attention(g, c, q, k, v, groups), -1, D)  # [R * H * Q, D]
         o = g.reshape(g.op("Gather", o, out_rows), -1, H * D)  # [N, H * D]
         x = g.op("Add", x, w.linear(o, f"{layer}.self_attn.o_proj"))
         x = g.op("Add", x, mlp(w, rms_norm(w, x, f"{layer}.post_attention_layernorm", c.rms_norm_eps), f"{layer}.mlp", c))

@@ -96,7 +96,9 @@ def test_readme_links_exist():
 def test_readme_tree_is_the_tree():
     section = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
     named = {line.split("/")[0].strip() for line in section.splitlines() if line.startswith("    ")}
-    there = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and not p.name.endswith(".egg-info")}
+    there = {
+        p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and not p.name.endswith(".egg-info")
+    }
     assert there - {"build"} == named - {"build"}
 
 
@@ -114,7 +116,9 @@ def test_readme_commands_are_targets():
 def test_makefile_refuses_a_wrong_python():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    made = subprocess.run(["make", "-C", str(ROOT), "venv", "PYTHON=false", "VENV=build/no-venv"], capture_output=True, text=True)
+    made = subprocess.run(
+        ["make", "-C", str(ROOT), "venv", "PYTHON=false", "VENV=build/no-venv"], capture_output=True, text=True
+    )
     assert made.returncode and "is not a Python 3.11 or 3.12" in made.stdout
 
 
@@ -130,7 +134,9 @@ def test_no_placeholder_and_no_foreign_path():
         assert not found, f"{path.relative_to(ROOT)} holds {found[0]}"
         if path != Path(__file__):
             # absolute paths of one machine, and a neighbour folder that a clone does not have
-            assert not re.search(r"(?<![\w.])/(work|home|root)/|\.\./shared", text), f"{path.relative_to(ROOT)} names a machine's path"
+            assert not re.search(r"(?<![\w.])/(work|home|root)/|\.\./shared", text), (
+                f"{path.relative_to(ROOT)} names a machine's path"
+            )
 
 
 def test_source_lines_stay_short():
@@ -182,5 +188,3 @@ def test_readme_client_lines():
         strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         tensors = {s for s in strings if re.fullmatch(r"[a-z]+_[a-z_]+", s)}
         assert tensors and tensors <= names, f"the README's client names {tensors - names}"
-
-

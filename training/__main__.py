@@ -80,7 +80,7 @@ def train(
     tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
     anchor_share: Annotated[float, typer.Option(help="share of answer positions that start a block")] = 0.5,
     max_length: Annotated[int, typer.Option(help="longer sequences are cut")] = 1024,
-    feature_cache_gb: Annotated[float, typer.Option(help="memory for the target's features after the first epoch")] = 8.0,
+    feature_cache_gb: Annotated[float, typer.Option(help="memory for the target's features")] = 8.0,
     save_minutes: float = 5.0,
     evaluate_steps: int = 250,
     fp32: Annotated[bool, typer.Option("--fp32", help="no bf16 matrix products")] = False,
@@ -92,7 +92,8 @@ def train(
     import torch
 
     from training.generate import load_sequences
-    from training.trainer import HeadShape, TrainSettings, train
+    from training.initialisation import HeadShape
+    from training.trainer import TrainSettings, train
 
     if threads:
         torch.set_num_threads(threads)
@@ -100,8 +101,8 @@ def train(
         ids = tuple(int(i) for i in layer_ids.split(",")) if layer_ids else None
         shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids)
         settings = TrainSettings(
-            seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch, anchor_share=anchor_share,
-            max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb, save_minutes=save_minutes,
+            seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch,
+            anchor_share=anchor_share, max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb, save_minutes=save_minutes,
             evaluate_steps=evaluate_steps,
         )  # fmt: skip
         train(target, lambda: load_sequences(data), out, shape, settings, init=init, resume=resume)

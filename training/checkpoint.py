@@ -1,11 +1,11 @@
 """Draft checkpoints on disk: the DeepSpec layout (flat config.json + safetensors), and what this project adds to it.
 
-Knows: config keys, weight files, hashes. Refuses to know: training state (trainer.py), ONNX, targets' own weights beyond
-the two tensors a draft may borrow.
+Knows: config keys, weight files, hashes. Refuses to know: training state (trainer.py), ONNX, targets' own weights
+beyond the two tensors a draft may borrow.
 
 Beyond DeepSpec, and only written when used: `draft_vocab_size` with a tensor `d2t` [V_d] int64 (EAGLE-3: target id of
-draft token i = i + d2t[i]); no `embed_tokens.weight` (the target's is used); no `lm_head.weight` (the target's is used; only
-with V_d = V). Weights may be stored bf16 or fp16 and are loaded fp32; they may lie in several *.safetensors files.
+draft token i = i + d2t[i]); no `embed_tokens.weight` (the target's is used); no `lm_head.weight` (the target's is used;
+only with V_d = V). Weights may be stored bf16 or fp16 and are loaded fp32; they may lie in several *.safetensors files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ REQUIRED = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layer
 def config_to_json(config: DraftConfig) -> dict:
     """The flat config.json of a draft. Inverse of config_from_json."""
     dec, family = config.decoder, "qwen3" if config.decoder.qk_norm else "llama"
-    rope = {k: v for k, v in asdict(dec.rope).items() if k != "theta"}
+    plain = dec.rope.rope_type == "default"
+    rope = {"rope_type": "default"} if plain else {k: v for k, v in asdict(dec.rope).items() if k != "theta"}
     raw = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -56,7 +57,7 @@ def config_to_json(config: DraftConfig) -> dict:
         "num_key_value_heads": dec.num_key_value_heads,
         "num_target_layers": config.num_target_layers,
         "rms_norm_eps": dec.rms_norm_eps,
-        "rope_parameters": {"rope_theta": dec.rope.theta, **(rope if dec.rope.rope_type != "default" else {"rope_type": "default"})},
+        "rope_parameters": {"rope_theta": dec.rope.theta, **rope},
         "target_layer_ids": list(config.target_layer_ids),
         "tie_word_embeddings": False,
         "vocab_size": dec.vocab_size,
@@ -116,9 +117,9 @@ def load_draft(folder: str | Path, target_folder: str | Path | None = None) -> D
         state["embed_tokens.weight"] = borrow(target_folder, "embed_tokens.weight", str(folder))
     if "lm_head.weight" not in state:
         if V_d != V:
-            raise ValueError(f"{folder} has no lm_head.weight; with draft_vocab_size {V_d} of {V} it must have its own.")
-        tied = raw.get("tie_word_embeddings", False)
-        state["lm_head.weight"] = state["embed_tokens.weight"] if tied else borrow(target_folder, "lm_head.weight", str(folder))
+            raise ValueError(f"{folder} has no lm_head.weight; with V_d = {V_d} of {V} it must have its own.")
+        tied = state["embed_tokens.weight"] if raw.get("tie_word_embeddings") else None
+        state["lm_head.weight"] = borrow(target_folder, "lm_head.weight", str(folder)) if tied is None else tied
     if V_d < V and "d2t" in state:
         check_d2t(state["d2t"], V, str(folder))
     with torch.device("meta"):
@@ -135,7 +136,8 @@ def check_d2t(d2t: Tensor, vocab_size: int, source: str) -> None:
 
 
 def borrow(target_folder: str | Path | None, name: str, source: str) -> Tensor:
-    """One of the target's tensors in fp32, by its name in a DeepSpec checkpoint; a tied target's lm_head is its embedding."""
+    """One of the target's tensors in fp32, by its name in a DeepSpec checkpoint; a tied target lends its embedding as
+    lm_head. Raises ValueError where there is no such tensor."""
     if target_folder is None:
         raise ValueError(f"{source} has no {name}; name the target's folder, whose copy it shares.")
     names = [f"model.{name}", name]

@@ -1,7 +1,7 @@
-"""Batches for the trainer, and the frozen target's side of them (features, hidden states) with a bounded cache in memory.
+"""Batches for the trainer, and the frozen target's side of them (features, hidden states) with a bounded memory cache.
 
-Knows: how sequences are grouped, held out and padded; what the losses need of the target. Refuses to know: drafts, gradients,
-how sequences were made.
+Knows: how sequences are grouped, held out and padded; what the losses need of the target. Refuses to know: drafts,
+gradients, how sequences were made.
 
 Legend: B sequences, S positions (the longest of the batch), L*d feature width, d hidden size, V_d draft vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.target import PackedBatch, TargetModel
 
-HELD_OUT_SHARE = 64  # one prompt in so many, chosen by its hash, is never trained on
+HELD_OUT_SHARE = 32  # one prompt in so many, chosen by its hash, is never trained on
 
 
 class Sequence(Protocol):
@@ -40,7 +40,7 @@ class Batch:
 @dataclass(frozen=True)
 class TargetSide:
     """What the frozen target says of a batch: features [B, S, L*d], last_hidden [B, S, d] (after the final norm) in the
-    target's dtype, outside [B, S] float32 = logsumexp of the logits outside the draft vocabulary (None when it has all)."""
+    target's dtype, outside [B, S] float32 = logsumexp of the logits outside the draft vocabulary (None if it has all)."""
 
     features: Tensor
     last_hidden: Tensor
@@ -78,7 +78,7 @@ def make_batches(sequences: list[Sequence], tokens_per_batch: int, max_length: i
     `tokens_per_batch` padded tokens.
 
     Sequences without two answer tokens inside max_length are left out; longer ones are cut. A batch keeps its
-    sequences in all epochs (only the order of batches and the anchors change), so that what the target says of it can be kept.
+    sequences in all epochs (only the order of batches and the anchors change): what the target says of it can be kept.
     """
     usable = [s for s in sequences if min(len(s.tokens), max_length) - s.prompt_length >= 2]
     cut = [s if len(s.tokens) <= max_length else _Cut(s.tokens[:max_length], s.prompt_length) for s in usable]
@@ -128,6 +128,9 @@ class TargetPass:
     def bytes_per_token(cls, target: TargetModel) -> int:
         width = target.config.hidden_size * (len(target.layer_ids) + 1)
         return width * target.embed_tokens.weight.element_size() + 4
+
+    def forget(self) -> None:
+        self.cache, self.used = {}, 0
 
     def __call__(self, batch: Batch, key: int | None = None) -> TargetSide:
         """key: the batch's number, under which the result is kept; None keeps nothing."""

@@ -1,15 +1,17 @@
 """Offline acceptance of a draft, in PyTorch: the plain loop of speculative decoding, one request at a time.
 
-Knows: draft a block, verify all of it, commit. Refuses to know: batching, scheduling, engines; decoding/ does those, and
-this loop is the yardstick that they are compared with.
+Knows: draft a block, verify all of it, commit. Refuses to know: batching, scheduling, engines; decoding/ does those,
+and this loop is the yardstick that they are compared with.
 
 Legend: T committed tokens, G block size, V target vocabulary, V_d draft vocabulary, L*d feature width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ from training.target import PackedBatch, TargetModel
 
 @dataclass(frozen=True)
 class Round:
-    """One draft-verify round. start: the anchor's position; draft: [anchor, x_1 .. x_G]; confidence: logits [G] or None;
-    hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted: 0..G."""
+    """One draft-verify round. start: the anchor's position; draft: [anchor, x_1 .. x_G]; confidence: logits [G] or
+    None; hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted: 0..G."""
 
     start: int
     draft: list[int]
@@ -49,7 +51,7 @@ class TargetRunner:
         self.length = 0
 
     def feed(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """Writes the tokens behind the cached ones -> logits [n, V], features [n, L*d]. `length` is the caller's to move."""
+        """Writes the tokens behind the cached ones -> logits [n, V], features [n, L*d]; commits none."""
         cache_len = self.length + len(tokens)
         if cache_len > self.capacity:
             raise ValueError(f"the sequence has {cache_len} tokens; the cache was made for {self.capacity}.")
@@ -111,8 +113,9 @@ def speculate(
 
 
 def verify(
-    logits: Tensor, x: list[int], draft_logits: Tensor, to_target: Tensor, temperature: float, accept: Tensor, final: Tensor
-) -> tuple[int, int]:
+    logits: Tensor, x: list[int], draft_logits: Tensor, to_target: Tensor, temperature: float,
+    accept: Tensor, final: Tensor,
+) -> tuple[int, int]:  # fmt: skip
     """Exact verification of one block: logits [G+1, V], draft_logits [G, V_d], accept [G] and final [1] uniforms
     -> (accepted 0..G, the token behind the accepted ones)."""
     if temperature <= 0:
@@ -167,3 +170,47 @@ def acceptance(generations: Iterable[Generation], block_size: int) -> Acceptance
     per_position = [reached[k + 1] / reached[k] if reached[k] else 0.0 for k in range(block_size)]
     n = max(len(counts), 1)
     return Acceptance(1 + counts.sum().item() / n, per_position, len(counts), int(counts.sum()) + len(counts))
+
+
+def prompt_ids(path: Path, target_folder: Path, limit: int) -> list[list[int]]:
+    """Token ids of a JSONL file's prompts (turns, prompt, messages: by the chat template; input_ids: as they are)."""
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = lines[:limit] if limit else lines
+    if lines and all("input_ids" in line for line in lines):
+        return [list(line["input_ids"]) for line in lines]
+    from training.generate import ChatTokens
+    from training.prompts import read_prompts
+
+    chat = ChatTokens(Path(target_folder))
+    return [chat.question(p.text) for p, _ in zip(read_prompts(path), lines)]
+
+
+def evaluate(
+    target_folder: Path, draft_folder: Path, prompts: Path, limit: int, max_tokens: int, temperature: float, seed: int,
+    out: Path | None = None,
+) -> Acceptance:  # fmt: skip
+    """The `evaluate` command: generates an answer to each prompt, prints the acceptance length and by position.
+
+    Prompt i draws from a generator seeded with seed + i.
+    """
+    from rich.progress import track
+
+    from training.checkpoint import checkpoint_hash, load_draft
+
+    draft = load_draft(draft_folder, target_folder)
+    target = TargetModel.from_pretrained(target_folder, draft.config.target_layer_ids)
+    raw = json.loads((Path(target_folder) / "config.json").read_text()).get("eos_token_id")
+    stop = () if raw is None else tuple(raw) if isinstance(raw, list) else (raw,)
+    done = []
+    for i, ids in enumerate(track(prompt_ids(prompts, target_folder, limit), description=Path(prompts).stem)):
+        generator = torch.Generator().manual_seed(seed + i)
+        done.append(speculate(target, draft, ids, max_tokens, temperature=temperature, generator=generator, stop=stop))
+    result = acceptance(done, draft.config.block_size)
+    by_position = " ".join(f"{a:.3f}" for a in result.per_position)
+    print(f"{Path(prompts).stem}: temperature {temperature:g}, {len(done)} prompts, {result.rounds} rounds, "
+          f"acceptance length {result.length:.3f}, by position {by_position}")  # fmt: skip
+    if out is not None:
+        facts = {"prompts": Path(prompts).name, "count": len(done), "max_tokens": max_tokens}
+        facts |= {"temperature": temperature, "seed": seed, "draft_sha256": checkpoint_hash(draft_folder), **asdict(result)}
+        Path(out).write_text(json.dumps(facts, indent=2) + "\n")
+    return result

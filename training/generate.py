@@ -157,7 +157,8 @@ def own_prompts(
     """This part's prompts: (1 - own_share) from the templates, the others finished by the target from openings."""
     written = list(prompts(round(count * (1 - own_share)), seed))[part::parts]
     begun = list(openings(count - round(count * (1 - own_share)), seed))[part::parts]
-    jobs = [Job(FIRST_OPENING + i * parts + part, chat.unfinished(p.text), 0.9, 120) for i, p in enumerate(begun)]
+    longest = min(120, sampler.answers.shape[1])
+    jobs = [Job(FIRST_OPENING + i * parts + part, chat.unfinished(p.text), 0.9, longest) for i, p in enumerate(begun)]
     for job, tokens in progress(sampler.run(jobs), len(jobs), "prompts"):
         opening = begun[(job.index - FIRST_OPENING) // parts]
         if tokens[-1] == chat.eos and (prompt := close(opening, chat.decode(tokens))):

@@ -6,8 +6,8 @@ Refuses to know: models, optimisers, where target distributions come from.
 Legend: B sequences, S positions, A anchors a sequence, G block size, V target vocabulary, V_d draft vocabulary,
 N slots that count (rows), U distinct target positions among them, K = d + r (hidden state and Markov latent).
 
-With a trimmed vocabulary the draft's distribution q lives on V_d tokens and the target's p on all V. A row of p is kept as
-V_d + 1 numbers: p on the draft's tokens, and the mass outside. |q - p|_1 is the sum over V_d plus that mass.
+With a trimmed vocabulary the draft's distribution q lives on V_d tokens and the target's p on all V. A row of p is kept
+as V_d + 1 numbers: p on the draft's tokens, and the mass outside. |q - p|_1 is the sum over V_d plus that mass.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Slots:
-    """All [B, A, G]: labels (token at p+1+k), previous (token at p+k), position (p+k, where the target judges slot k), int64;
-    valid bool."""
+    """All [B, A, G]: labels (token at p+1+k), previous (token at p+k), position (p+k, where the target judges slot k),
+    int64; valid bool."""
 
     labels: Tensor
     previous: Tensor
@@ -49,8 +49,8 @@ class Slots:
 def make_slots(tokens: Tensor, loss_mask: Tensor, anchors: Tensor, keep: Tensor, G: int) -> Slots:
     """tokens [B, S] int64, loss_mask [B, S] bool, anchors [B, A] positions, keep [B, A] bool.
 
-    An anchor p counts when loss_mask[p] and loss_mask[p+1]; slot k counts while every label up to its own lies inside the
-    sequence and has loss_mask.
+    An anchor p counts when loss_mask[p] and loss_mask[p+1]; slot k counts while every label up to its own lies inside
+    the sequence and has loss_mask.
     """
     S = tokens.shape[1]
     position = anchors[..., None] + torch.arange(G)
@@ -76,8 +76,8 @@ class Losses:
 
 
 def target_rows(hidden: Tensor, head: Tensor, outside: Tensor | None) -> Tensor:
-    """Target distributions [U, V_d + 1] float32: hidden [U, d], head [V_d, d] (the target's rows of the draft's tokens),
-    outside [U] = logsumexp of the other tokens' logits, or None when there are none."""
+    """Target distributions [U, V_d + 1] float32: hidden [U, d], head [V_d, d] (the target's rows of the draft's
+    tokens), outside [U] = logsumexp of the other tokens' logits, or None when there are none."""
     logits = hidden.float() @ head.float().t()
     last = torch.full((len(hidden), 1), -torch.inf) if outside is None else outside[:, None]
     return torch.softmax(torch.cat([logits, last], dim=-1), dim=-1)
@@ -96,9 +96,10 @@ def block_losses(
     compute_dtype: torch.dtype = torch.float32,
 ) -> Losses:
     """Losses of N rows: x [N, K], head [V_d, K] (logits are x @ head.T), confidence logits [N] or None, p [U, V_d + 1],
-    p_row [N] (a row's place in p), labels [N] (ids in the draft vocabulary, -1 outside: no cross-entropy), slot [N] (k).
+    p_row [N] (a row's place in p), labels [N] (ids in the draft vocabulary, -1 outside: no cross-entropy), slot
+    [N] (k).
 
-    Each loss is divided by the sum of its own rows' weights + 1e-6. compute_dtype: of the matrix products; the softmax is fp32.
+    Each loss is divided by the sum of its own rows' weights + 1e-6. compute_dtype: of the matrix products.
     """
     w = weights.position(G)[slot]
     w_ce = torch.where(labels >= 0, w, 0.0)
@@ -116,8 +117,8 @@ def block_losses(
 class FusedSoftmaxLoss(torch.autograd.Function):
     """sum(scale_ce * CE + scale_l1 * |q - p|_1) over the rows, with q = softmax(x @ head.T).
 
-    The gradient of the logits overwrites them chunk by chunk while they are in the cache, so that no [N, V_d] float32 tensor
-    ever exists: dCE/dz = q - onehot, d|q-p|_1/dz = q * (s - <q, s>) with s = sign(q - p).
+    The gradient of the logits overwrites them chunk by chunk while they are in the cache, so that no [N, V_d] float32
+    tensor ever exists: dCE/dz = q - onehot, d|q-p|_1/dz = q * (s - <q, s>) with s = sign(q - p).
     """
 
     @staticmethod

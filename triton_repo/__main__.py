@@ -50,11 +50,11 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8002,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    probe_every: Annotated[float, typer.Option(help="Seconds without a round after which the server is probed.")] = 10.0,
+    probe_every: Annotated[float, typer.Option(help="Seconds between two probes.")] = 10.0,
     probe_timeout: Annotated[float, typer.Option(help="Seconds a probe may take.")] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests may take at the end.")] = 30.0,
 ) -> None:
-    """Serve a bundle on an embedded tritonserver until Ctrl-C; a dead model is found and loaded again."""
+    """Serve a bundle on an embedded tritonserver until Ctrl-C; a dead model is found and the server started again."""
     with _sentences():
         settings = Settings(schedule, threshold, max_requests, token_budget, threads)
         ports = Ports(http_port, grpc_port, metrics_port)

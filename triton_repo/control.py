@@ -1,4 +1,4 @@
-"""What the launcher says to a running server over gRPC: drain, count, probe, reload; and its metrics page.
+"""What the launcher says to a running server over gRPC: drain, count, probe; and its metrics page.
 
 Knows: dspark's control tensors and the ensemble's shortest request. Refuses to know: processes (server.py).
 """
@@ -18,10 +18,15 @@ from .runtime import ServerError
 TRITON_TYPES = {"bool": "BOOL", "int32": "INT32", "uint64": "UINT64", "float32": "FP32"}
 
 
+class Silence(ServerError):
+    """No answer at all within the time given."""
+
+
 def call(url: str, model: str, arrays: dict[str, np.ndarray], timeout: float) -> dict[str, np.ndarray]:
     """The first response of `model` to one request on a stream of its own.
 
-    Raises ServerError when it answers with an error or not within `timeout` seconds (a dead stub lets callers hang).
+    Raises ServerError when it answers with an error, Silence when it does not within `timeout` seconds (a dead stub lets
+    callers hang).
     """
     inputs = []
     for name, array in arrays.items():
@@ -34,7 +39,7 @@ def call(url: str, model: str, arrays: dict[str, np.ndarray], timeout: float) ->
         client.async_stream_infer(model, inputs)
         result, error = answers.get(timeout=timeout)
     except queue.Empty:
-        raise ServerError(f"{model} at {url} did not answer within {timeout:g} s.") from None
+        raise Silence(f"{model} at {url} did not answer within {timeout:g} s.") from None
     except InferenceServerException as failure:
         raise ServerError(f"{model} at {url} cannot be asked: {failure.message()}") from None
     finally:
@@ -69,21 +74,9 @@ def probe(url: str, timeout: float = 30.0) -> None:
         raise ServerError(f"{ENSEMBLE} at {url} answered the probe without its one token.")
 
 
-def reload(url: str, timeout: float = 120.0) -> None:
-    """Unloads and loads all models: new stubs. Raises ServerError."""
-    client = grpc.InferenceServerClient(url)
-    try:
-        client.unload_model(ENSEMBLE, unload_dependents=True, client_timeout=timeout)
-        client.load_model(ENSEMBLE, client_timeout=timeout)
-    except InferenceServerException as failure:
-        raise ServerError(f"The models at {url} cannot be loaded again: {failure.message()}") from None
-    finally:
-        client.close()
-
-
 def metrics(url: str, timeout: float = 5.0) -> dict[str, float]:
-    """The dspark_ samples of the metrics page, by name with labels. Raises OSError when it cannot be read."""
+    """The samples of the metrics page, by name with labels. Raises OSError when it cannot be read."""
     with urllib.request.urlopen(f"http://{url}/metrics", timeout=timeout) as page:
         lines = page.read().decode().splitlines()
-    samples = (line.rsplit(" ", 1) for line in lines if line.startswith("dspark_"))
+    samples = (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
     return {name: float(value) for name, value in samples}

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from .ledger import Ledger, ledger_file
 from .repository import Settings
 from .service import Observer, Service
 
 
-def open_service(bundle: Path, settings: Settings, make_observer: Callable[[int], Observer]) -> Service:
-    """make_observer(block_size). Raises BundleError, in one sentence, for a bundle that does not fit."""
+def open_service(bundle: Path, settings: Settings, make_observer: Callable[[int], Observer], server_pid: int) -> Service:
+    """make_observer(block_size); server_pid names the ledger that postprocessing writes. Raises BundleError, in one sentence, for a bundle that does not fit."""
     from decoding.loop import Loop
     from decoding.schedule import make
     from engines import load
@@ -25,4 +26,10 @@ def open_service(bundle: Path, settings: Settings, make_observer: Callable[[int]
         scheduler = make(settings.schedule, settings.threshold)
         return Loop(engines, scheduler, max_requests=settings.max_requests, token_budget=settings.token_budget)
 
-    return Service(make_loop, block_size=block_size, observer=make_observer(block_size), on_close=engines.close)
+    ledger = Ledger(ledger_file(server_pid), make=True)
+
+    def close() -> None:
+        engines.close()
+        ledger.close()
+
+    return Service(make_loop, block_size=block_size, observer=make_observer(block_size), progress=ledger, on_close=close)

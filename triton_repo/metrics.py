@@ -57,10 +57,10 @@ class Metrics:
     def gauges(self, active: int, waiting: int) -> None:
         self._gauges = (active, waiting)
 
-    def flush(self, *, force: bool = False) -> None:
-        """Hands on what came up since the last time, at most every 0.1 s unless forced."""
+    def flush(self) -> None:
+        """Hands on what came up since the last time, at most every 0.1 s."""
         now = time.monotonic()
-        if not force and now - self._flushed < PERIOD_SECONDS:
+        if now - self._flushed < PERIOD_SECONDS:
             return
         self._flushed = now
         for metric, count in self._counts.items():

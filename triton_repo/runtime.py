@@ -14,8 +14,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-
 
 class ServerError(RuntimeError):
     """The server cannot be started, does not answer, or died: one sentence."""
@@ -90,12 +88,11 @@ def assemble_backend(wheel: Wheel, folder: Path) -> Path:
 
 
 def environment(wheel: Wheel) -> dict[str, str]:
-    """The server's environment. PATH decides whose site-packages the stub uses (PYTHONPATH alone does not); without
+    """The server's environment. PATH decides whose site-packages the stub uses (PYTHONPATH does not); without
     libpython's folder the stub takes the system's Python, without the wheel's libraries it does not start at all."""
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), env.get("PATH", os.defpath)])
     env["LD_LIBRARY_PATH"] = os.pathsep.join([str(wheel.libpython.parent), str(wheel.libraries)])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(PROJECT)]))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     return env
 
@@ -129,13 +126,11 @@ class Ports:
 
 
 def command(wheel: Wheel, backends: Path, repository: Path, address: str, ports: Ports, shm_prefix: str) -> list[str]:
-    """Explicit model control: a model whose stub died can be unloaded and loaded again."""
+    """Model control stays off: with it any client could load code of its own into the server."""
     return [
         str(wheel.binary),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
-        "--model-control-mode=explicit",
-        "--load-model=ensemble",
         f"--http-address={address}",
         f"--grpc-address={address}",
         f"--metrics-address={address}",

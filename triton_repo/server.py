@@ -1,4 +1,4 @@
-"""The life of one embedded tritonserver: start, wait until ready, probe, recover, drain, stop, tidy up.
+"""The life of one embedded tritonserver: start, wait until ready, probe, start again, drain, stop, tidy up.
 
 Knows: the process, its ports, its log, its shared memory. Refuses to know: what the models do.
 """
@@ -21,10 +21,12 @@ from pathlib import Path
 from engines import Bundle, BundleError
 
 from . import control
+from .ledger import ledger_file
 from .repository import Settings, build
 from .runtime import Ports, ServerError, Wheel, assemble_backend, command, environment, shm_files
 
 EXIT_SECONDS = 15.0  # tritonserver's own bound (--exit-timeout-secs) is 10; it may miss it and exit with 1
+SERVED = 'nv_inference_request_success{model="postprocessing",version="1"}'
 GRACE_SECONDS = 0.25  # from dspark's last response to its leaving the ensemble
 
 
@@ -92,16 +94,21 @@ class TritonServer:
         self.ports = self._wanted.resolve(self.address)
         backends = assemble_backend(wheel, self.build_dir / "runtime")
         repository = build(self.bundle, self.folder / "repo", self.settings)
-        line = command(wheel, backends, repository, self.address, self.ports, self._shm_prefix)
-        self._spawn(line, environment(wheel))
+        self._line = command(wheel, backends, repository, self.address, self.ports, self._shm_prefix)
+        self._environment = environment(wheel)
+        self._spawn()
         return self
 
-    def _spawn(self, line: list[str], env: dict[str, str]) -> None:
-        self._line, self._env = line, env
+    def _spawn(self) -> None:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C reaches the launcher, which drains first.
             self.process = subprocess.Popen(
-                line, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self._line,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             self._await_ready()
@@ -131,50 +138,42 @@ class TritonServer:
             return False
 
     def watch(self, every: float = 10.0, timeout: float = 30.0) -> None:
-        """Probes until close() is called: when no decoding round took place for `every` seconds (idle, or stuck), one
-        token must come through within `timeout` seconds; otherwise the models are loaded again, then the server."""
-        seen = None
+        """check() every so many seconds until close() is called."""
         while not self._closing.wait(every):
-            rounds = self._rounds()
-            if rounds is not None and rounds != seen and self.alive:
-                seen = rounds
-                continue
             self.check(timeout)
-            seen = self._rounds()
 
     def check(self, timeout: float = 30.0) -> bool:
-        """Probes once; True when all is well, False when something had to be recovered. Raises ServerError if it could not."""
+        """Probes once; False when the server had to be started again. Raises ServerError when that failed.
+
+        A probe that only waits (all slots are taken) while other streams get their text is no bad sign. A new server
+        and not new models: the streams of a dead stub hang without an error until their connection breaks.
+        """
+        served = self._served()
         try:
             if not self.alive:
                 raise ServerError(f"tritonserver exited with code {self.process.returncode} (log: {self.log}).")
             control.probe(self.grpc_url, timeout)
             return True
+        except control.Silence as error:
+            if served is not None and (self._served() or 0) > served:
+                return True
+            reason = error
         except ServerError as error:
-            self._say(f"The probe failed: {error}")
-        self._recover(timeout)
-        return False
-
-    def _recover(self, timeout: float) -> None:
-        """New stubs by unload and load; a new server when that does not help."""
-        if self.alive:
-            try:
-                control.reload(self.grpc_url, timeout=60.0)
-                control.probe(self.grpc_url, timeout)
-                self._say("The models were loaded again; the server serves.")
-                return
-            except ServerError as error:
-                self._say(f"Loading the models again did not help: {error}")
+            reason = error
+        self._say(f"The probe failed, tritonserver is started again: {reason}")
         self.kill()
-        self._spawn(self._line, self._env)
-        self._say("The server was started again; it serves.")
+        self._spawn()
+        self._say("tritonserver serves again.")
+        return False
 
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def _rounds(self) -> float | None:
+    def _served(self) -> float | None:
+        """Rounds that went through the last model; None when the metrics page cannot be read."""
         try:
-            return control.metrics(self.metrics_url).get("dspark_rounds_total")
+            return control.metrics(self.metrics_url).get(SERVED)
         except OSError:
             return None
 
@@ -227,7 +226,7 @@ class TritonServer:
         except ProcessLookupError:
             pass
         self.process.wait()
-        for file in shm_files(self._shm_prefix):
+        for file in (*shm_files(self._shm_prefix), ledger_file(self.process.pid)):
             file.unlink(missing_ok=True)
 
 

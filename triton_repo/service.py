@@ -23,7 +23,8 @@ from decoding.request import Request, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 0.1
+HEARTBEAT_SECONDS = 0.25
+WINDOW = 4  # rounds of one request on their way to postprocessing; what comes meanwhile goes out as one
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,15 @@ class Observer(Protocol):
 
     def gauges(self, active: int, waiting: int) -> None: ...
 
-    def flush(self, *, force: bool = False) -> None: ...
+    def flush(self) -> None: ...
+
+
+class Progress(Protocol):
+    """Rounds of a request that postprocessing has handled (ledger.py)."""
+
+    def read(self, uid: int) -> int: ...
+
+    def write(self, uid: int, rounds: int) -> None: ...
 
 
 @dataclass
@@ -77,13 +86,16 @@ class _Tally:
     rounds: int = 0
     drafted: int = 0
     heard: float = field(default_factory=time.monotonic)
+    held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up
+    held_reason: str | None = None  # None: nothing is held
 
 
 class Service:
-    """Runs a loop until closed. Threads start at once.
+    """Runs a loop until closed. Threads start at once. A request without settings is answered round by round.
 
     make_loop() -> decoding Loop; called again after a round failed, since the failed loop's state is unknown.
-    block_size: G of the draft. on_close: called by the engine thread when it is done with the loop.
+    block_size: G of the draft. progress: for requests that go on to postprocessing, those with settings; they keep at most
+    WINDOW rounds under way. on_close: called by close() when both threads have ended.
     """
 
     def __init__(
@@ -92,9 +104,11 @@ class Service:
         *,
         block_size: int,
         observer: Observer | None = None,
+        progress: Progress | None = None,
         on_close: Callable[[], None] = lambda: None,
     ):
-        self._make_loop, self._block_size, self._observer, self._on_close = make_loop, block_size, observer, on_close
+        self._make_loop, self._block_size, self._observer = make_loop, block_size, observer
+        self._progress, self._on_close = progress, on_close
         self._loop = make_loop()
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -111,7 +125,7 @@ class Service:
 
     # Called by any thread.
 
-    def submit(self, prompt_ids: tuple[int, ...], params: SamplingParams, sink: Sink, settings: str = "{}") -> int:
+    def submit(self, prompt_ids: tuple[int, ...], params: SamplingParams, sink: Sink, settings: str = "") -> int:
         """Queues a request; its answers (or its refusal) go to the sink. Returns the uid that `stop` takes.
 
         Raises RequestError when the server is draining or its engine thread is gone.
@@ -141,10 +155,11 @@ class Service:
             return len(self._in_flight), self._waiting
 
     def close(self) -> None:
-        """Ends both threads after the round under way; whoever is left gets finish_reason cancelled."""
+        """Ends both threads after the round under way; whoever is left is told that the model is being unloaded."""
         self._commands.put(("close",))
         for thread in self._threads:
             thread.join(timeout=30)
+        self._on_close()
 
     # The engine thread.
 
@@ -167,7 +182,6 @@ class Service:
             self._outbox.put(("round", outputs, seconds, self._loop.active, self._loop.waiting))
         self._outbox.put(("failed", tuple(live), "The model is being unloaded."))
         self._outbox.put(("close",))
-        self._on_close()
 
     def _obey(self, live: set[int]) -> bool:
         """Takes the commands that wait (and, with nothing to decode, waits for one); False = close."""
@@ -201,26 +215,40 @@ class Service:
     def _send(self) -> None:
         tallies: dict[int, _Tally] = {}
         while True:
-            try:
-                kind, *rest = self._outbox.get(timeout=HEARTBEAT_SECONDS)
-            except queue.Empty:
-                kind, rest = "", []
-            if kind == "close":
-                return
-            if kind == "admitted":
-                uid, sink, settings, prompt_tokens = rest
-                tallies[uid] = _Tally(sink, settings, prompt_tokens, np.zeros(self._block_size, np.int32))
-            elif kind == "failed":
-                for uid in rest[0]:
-                    self._fail(tallies.pop(uid, None), uid, rest[1])
-            elif kind == "round":
-                outputs, seconds, active, waiting = rest
-                for output in outputs:
-                    self._answer(tallies, output)
-                self._observe(outputs, seconds, active, waiting)
+            news = self._news(wait=0.005 if any(t.held_reason is not None for t in tallies.values()) else 0.1)
+            for kind, *rest in news:
+                if kind == "close":
+                    return
+                self._note(tallies, kind, *rest)
+            self._catch_up(tallies)
             self._heartbeat(tallies)
             if self._observer:
                 self._guard(self._observer.flush)
+
+    def _news(self, wait: float) -> list[tuple]:
+        """All that the engine thread has said, after waiting for it up to `wait` seconds."""
+        news = []
+        try:
+            news.append(self._outbox.get(timeout=wait))
+            while True:
+                news.append(self._outbox.get_nowait())
+        except queue.Empty:
+            return news
+
+    def _note(self, tallies: dict[int, _Tally], kind: str, *rest) -> None:
+        if kind == "admitted":
+            uid, sink, settings, prompt_tokens = rest
+            tallies[uid] = _Tally(sink, settings, prompt_tokens, np.zeros(self._block_size, np.int32))
+            if self._progress:
+                self._progress.write(uid, 0)
+        elif kind == "failed":
+            for uid in rest[0]:
+                self._fail(tallies.pop(uid, None), uid, rest[1])
+        else:
+            outputs, seconds, active, waiting = rest
+            for output in outputs:
+                self._answer(tallies, output)
+            self._observe(outputs, seconds, active, waiting)
 
     def _answer(self, tallies: dict[int, _Tally], output) -> None:
         tally = tallies.get(output.request_id)
@@ -235,9 +263,21 @@ class Service:
             tally.rounds += 1
             tally.drafted += output.stats.verified
             tally.accepted[: output.stats.accepted] += 1
-        self._respond(output.request_id, tally, output.token_ids, output.finish_reason or "")
-        if output.finish_reason:
-            del tallies[output.request_id]
+        tally.held += output.token_ids
+        tally.held_reason = output.finish_reason or ""
+
+    def _catch_up(self, tallies: dict[int, _Tally]) -> None:
+        """Sends what is held for the requests whose earlier rounds have been handled."""
+        for uid, tally in list(tallies.items()):
+            if tally.held_reason is None or self._under_way(uid, tally) >= WINDOW:
+                continue
+            tokens, reason, tally.held, tally.held_reason = tally.held, tally.held_reason, [], None
+            self._respond(uid, tally, tokens, reason)
+            if reason:
+                del tallies[uid]
+
+    def _under_way(self, uid: int, tally: _Tally) -> int:
+        return tally.index - self._progress.read(uid) if self._progress and tally.settings else 0
 
     def _respond(self, uid: int, tally: _Tally, token_ids, finish_reason: str) -> None:
         response = Round(
@@ -263,7 +303,7 @@ class Service:
         """An empty response to requests that wait or prefill: a cancelled one is only noticed on a response's way out."""
         now, pause = time.monotonic(), HEARTBEAT_SECONDS * max(1, len(tallies) / 16)
         for uid, tally in tallies.items():
-            if now - tally.heard >= pause:
+            if now - tally.heard >= pause and not self._under_way(uid, tally):
                 self._respond(uid, tally, (), "")
 
     def _fail(self, tally: _Tally | None, uid: int, message: str) -> None:

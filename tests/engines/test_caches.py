@@ -62,3 +62,21 @@ def test_move_row_copies_the_length_only():
 def test_views_are_contiguous_memory_of_the_buffer(first, rows):
     view = filled().view(0, first, rows)
     assert view.shape == (rows, 2, 256, 4) and view.flags.c_contiguous and not view.flags.owndata
+
+
+def test_without_memory_it_is_empty_but_usable():
+    caches = filled()
+    honest, calls = caches._empty, []
+
+    def empty(rows, capacity):
+        calls.append(capacity)
+        if len(calls) == 2:
+            raise MemoryError
+        return honest(rows, capacity)
+
+    caches._empty = empty
+    with pytest.raises(MemoryError):
+        caches.ensure(3, 1000)
+    assert {t.shape for t in caches.tensors} == {(1, 2, 256, 4)} and (caches.rows, caches.capacity) == (1, 256)
+    caches.ensure(3, 1000)
+    assert {t.shape for t in caches.tensors} == {(4, 2, 1024, 4)}

@@ -46,7 +46,8 @@ def test_losses_equal_the_reference(name):
 def random_rows(N=300, K=24, V_d=5000, U=40, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, head = torch.randn(N, K, generator=g), 0.5 * torch.randn(V_d, K, generator=g)
-    p = target_rows(torch.randn(U, K, generator=g), 0.5 * torch.randn(V_d, K, generator=g), torch.randn(U, generator=g) + 8)
+    judge = 0.5 * torch.randn(V_d, K, generator=g)
+    p = target_rows(torch.randn(U, K, generator=g), judge, torch.randn(U, generator=g) + 8)
     labels = torch.randint(-1, V_d, (N,), generator=g)
     labels[:20] = -1
     return x, head, torch.randn(N, generator=g), p, torch.randint(0, U, (N,), generator=g), labels, torch.arange(N) % 6
@@ -71,7 +72,7 @@ def test_fused_gradients_equal_autograd():
     expected = plain_total(*inputs)
     wanted = torch.autograd.grad(expected, inputs[:3])
     got = block_losses(*inputs, LossWeights(), 6).total
-    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(got, inputs[:3]), wanted):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=2e-4)
 

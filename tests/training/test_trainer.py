@@ -11,8 +11,9 @@ from tests.tiny import make_target
 from training.checkpoint import load_draft
 from training.data import is_held_out, make_batches
 from training.evaluate import acceptance, generate_plain, speculate
+from training.initialisation import HeadShape, default_layer_ids, new_draft
 from training.target import TargetModel
-from training.trainer import HeadShape, Trainer, TrainSettings, block_acceptance, default_layer_ids, new_draft
+from training.trainer import Trainer, TrainSettings, block_acceptance
 
 SETTINGS = TrainSettings(steps=12, lr=3e-3, tokens_per_batch=200, bf16=False, evaluate_steps=6, save_minutes=1e9)
 SHAPE = HeadShape(depth=1, block_size=4, rank=8, mask_token_id=3, draft_vocab=0)
@@ -31,12 +32,14 @@ def target(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sequences(target):
-    """Greedy answers of the target to random prompts."""
+    """Greedy answers of the target to random prompts; six of the 48 are held out."""
     g = torch.Generator().manual_seed(5)
-    made = []
-    for i in range(48):
-        prompt = torch.randint(4, 64, (3 + i % 5,), generator=g).tolist()
-        made.append(Answered(np.array(generate_plain(target, prompt, 10 + i % 12), dtype=np.int32), len(prompt)))
+    made, wanted = [], {True: 6, False: 42}
+    while len(made) < 48:
+        prompt = torch.randint(4, 64, (3 + len(made) % 5,), generator=g).tolist()
+        held = is_held_out(Answered(np.array(prompt), len(prompt)))
+        if sum(is_held_out(s) == held for s in made) < wanted[held]:
+            made.append(Answered(np.array(generate_plain(target, prompt, 10 + len(made) % 12)), len(prompt)))
     return made
 
 
@@ -94,20 +97,20 @@ def test_data_that_grew_is_used_from_the_next_epoch_on(target, sequences, tmp_pa
     draft = new_draft(target, sequences, SHAPE, 1)
     trainer = Trainer(target, draft, lambda: available, tmp_path, replace(SETTINGS, steps=100))
     n = len(trainer.batches)
-    held = trainer.held_out_keys
     available = sequences
     for _ in range(n):
         assert trainer.step()["batches"] == n
     grown = trainer.step()
-    assert grown["epoch"] == 1 and grown["batches"] > n and trainer.held_out_keys == held
+    assert grown["epoch"] == 1 and grown["batches"] > n
     trainer.save()
-    again = Trainer(target, new_draft(target, sequences, SHAPE, 1), lambda: sequences, tmp_path, replace(SETTINGS, steps=100))
+    again = trainer_for(target, sequences, tmp_path, replace(SETTINGS, steps=100))
     again.resume()
-    assert trainer.step()["total"] == again.step()["total"]
+    assert trainer.step()["total"] == again.step()["total"] and again.held_out_keys == trainer.held_out_keys
 
 
 def test_remembered_features_change_nothing(target, sequences, tmp_path):
-    runs = [trainer_for(target, sequences, tmp_path / str(gb), replace(SETTINGS, feature_cache_gb=gb)) for gb in (0.0, 1.0)]
+    settings = [replace(SETTINGS, feature_cache_gb=gb) for gb in (0.0, 1.0)]
+    runs = [trainer_for(target, sequences, tmp_path, s) for s in settings]
     lines = [[r.step()["total"] for _ in range(len(r.batches) + 3)] for r in runs]
     assert lines[0] == lines[1]
     assert not runs[0].target_pass.cache and len(runs[1].target_pass.cache) == len(runs[1].batches)
@@ -133,7 +136,7 @@ def test_held_out_follows_the_prompt_alone():
     a, b = Answered(np.array([*prompt, 1, 2]), 3), Answered(np.array([*prompt, 9, 9, 9]), 3)
     assert is_held_out(a) == is_held_out(b)
     shares = [is_held_out(Answered(np.array([i, i + 1, 0]), 2)) for i in range(4000)]
-    assert 0.005 < np.mean(shares) < 0.03
+    assert 0.02 < np.mean(shares) < 0.045
 
 
 def test_anchors_are_valid_distinct_and_as_many_as_asked(target, sequences, tmp_path):

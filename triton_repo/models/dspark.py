@@ -5,6 +5,7 @@ both answer with the number of requests that are active and waiting.
 """
 
 import json
+import os
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -36,7 +37,7 @@ class TritonPythonModel:
         values = {name: entry["string_value"] for name, entry in config["parameters"].items()}
         self.names = [t["name"] for t in config["input"]]
         bundle = bundle_folder(args["model_repository"], values["bundle"])
-        self.service = open_service(bundle, Settings.from_parameters(values), lambda size: Metrics(pb_utils, size))
+        self.service = open_service(bundle, Settings.from_parameters(values), lambda size: Metrics(pb_utils, size), os.getppid())
 
     def execute(self, requests):
         for request in requests:
@@ -50,7 +51,7 @@ class TritonPythonModel:
         if "stop" in arrays or "drain" in arrays:
             self.control(arrays, sink)
         else:
-            settings = arrays["settings"][0].decode() if "settings" in arrays else "{}"
+            settings = arrays["settings"][0].decode() if "settings" in arrays else ""
             self.service.submit(*engine_request(arrays), sink, settings)
 
     def control(self, arrays, sink):

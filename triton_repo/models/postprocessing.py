@@ -5,9 +5,11 @@ one response comes at its end.
 """
 
 import json
+import os
 
 import triton_python_backend_utils as pb_utils
 from triton_repo.description import ENGINE
+from triton_repo.ledger import Ledger, ledger_file
 from triton_repo.postprocessing import Postprocessor
 from triton_repo.repository import bundle_folder
 from triton_repo.tensors import read, stop_arrays, write
@@ -21,16 +23,19 @@ class TritonPythonModel:
         bundle = bundle_folder(args["model_repository"], config["parameters"]["bundle"]["string_value"])
         self.names = [t["name"] for t in config["input"]]
         self.postprocessor = Postprocessor(bundle, self.stop)
+        self.ledger = None  # dspark makes it
 
     def execute(self, requests):
         for request in requests:
-            sender = request.get_response_sender()
-            # An error here would leave the ensemble's request open for ever: a cancelled one gets a normal answer.
-            arrays = self.postprocessor(read(pb_utils, request, self.names), cancelled=request.is_cancelled())
-            if arrays is None:
+            sender, arrays = request.get_response_sender(), read(pb_utils, request, self.names)
+            response = self.postprocessor(arrays, cancelled=request.is_cancelled())
+            if response is None:
                 sender.send(flags=FINAL)
             else:
-                sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, arrays)), flags=FINAL)
+                sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, response)), flags=FINAL)
+            if self.ledger is None:
+                self.ledger = Ledger(ledger_file(os.getppid()), make=False)
+            self.ledger.write(int(arrays["uid"][0]), int(arrays["index"][0]) + 1)
 
     def stop(self, uid):
         """Cancelling an ensemble request does not reach the engine model: tell it."""

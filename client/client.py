@@ -1,0 +1,215 @@
+"""gRPC streaming: one connection a stream, a queue between tritonclient's thread and the reader.
+
+Knows: tensor names and dtypes, deadlines, how a stream ends. Refuses to know: the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+Prompt = str | Sequence[dict] | Sequence[int]
+
+# parameter -> Triton dtype, numpy dtype
+PARAMETERS = {
+    "raw": ("BOOL", np.bool_),
+    "max_tokens": ("INT32", np.int32),
+    "temperature": ("FP32", np.float32),
+    "seed": ("UINT64", np.uint64),
+    "stop_words": ("BYTES", np.object_),
+    "ignore_eos": ("BOOL", np.bool_),
+    "speculative": ("BOOL", np.bool_),
+    "top_k": ("INT32", np.int32),
+    "top_p": ("FP32", np.float32),
+    "min_p": ("FP32", np.float32),
+    "bad_words": ("BYTES", np.object_),
+    "return_log_probs": ("BOOL", np.bool_),
+}
+
+
+class ClientError(RuntimeError):
+    """The server refused the request, did not answer in time, or cannot be reached: one sentence."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one response holds: new text and ids; the totals run from the request's start.
+
+    finish_reason is "" until the last chunk: stop, length or cancelled. accepted_per_position[k]: verify rounds in which
+    draft token k was accepted; total_draft_tokens: draft tokens that the target verified.
+    """
+
+    text: str
+    output_ids: tuple[int, ...]
+    finish_reason: str
+    index: int
+    num_input_tokens: int
+    num_output_tokens: int
+    num_rounds: int
+    total_draft_tokens: int
+    total_accepted_draft_tokens: int
+    acceptance_rate: float
+    accepted_per_position: tuple[int, ...]
+
+    @classmethod
+    def read(cls, result: grpc.InferResult) -> "Chunk":
+        array = result.as_numpy
+        numbers = ("index", "num_input_tokens", "num_output_tokens", "num_rounds")
+        totals = ("total_draft_tokens", "total_accepted_draft_tokens")
+        return cls(
+            text=array("text_output")[0].decode(),
+            output_ids=tuple(array("output_ids").tolist()),
+            finish_reason=array("finish_reason")[0].decode(),
+            acceptance_rate=float(array("acceptance_rate")[0]),
+            accepted_per_position=tuple(array("accepted_per_position").tolist()),
+            **{name: int(array(name)[0]) for name in (*numbers, *totals)},
+        )
+
+
+class Client:
+    """Requests to one server. Streams are independent: any number may run at once, from any threads.
+
+    timeout: seconds that a whole request may take (None = no bound); stall: seconds without any response, queueing and
+    prefill included, after which the server counts as dead. A dead model leaves callers waiting, so keep one of them.
+    """
+
+    def __init__(self, url: str = "127.0.0.1:8001", *, timeout: float | None = 600.0, stall: float | None = 120.0):
+        self.url, self.timeout, self.stall = url, timeout, stall
+
+    def stream(self, prompt: Prompt, **parameters: Any) -> "Stream":
+        """Sends a request; iterate for its chunks. prompt: text (the chat template is applied, unless raw=True), a list of
+        {"role", "content"} messages, or a list of token ids. parameters: those of PARAMETERS."""
+        return Stream(self, _inputs(prompt, parameters, stream=True))
+
+    def generate(self, prompt: Prompt, **parameters: Any) -> Chunk:
+        """The whole answer in one chunk. Raises ClientError."""
+        with Stream(self, _inputs(prompt, parameters, stream=False)) as stream:
+            return next(stream)
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one request, in order. Raises ClientError. Closing it early cancels the request on the server."""
+
+    def __init__(self, client: Client, inputs: list[grpc.InferInput]):
+        self._client, self._answers, self._over = client, queue.Queue(), False
+        self._deadline = None if client.timeout is None else time.monotonic() + client.timeout
+        self._grpc = grpc.InferenceServerClient(client.url)
+        answers = self._answers  # not self: the callback must not keep a forgotten stream alive
+        self._grpc.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=client.timeout)
+        try:
+            self._grpc.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
+        except InferenceServerException as failure:  # the stream broke already; why, comes through the callback
+            try:
+                error = self._answers.get(timeout=1.0)[1] or failure
+            except queue.Empty:
+                error = failure
+            self.close()
+            raise ClientError(self._sentence(error)) from None
+
+    def __next__(self) -> Chunk:
+        while not self._over:
+            result, error = self._take()
+            if error is not None:
+                self.close()
+                raise ClientError(self._sentence(error))
+            response = result.get_response()
+            # The final flag sits on the last data response or on an empty one after it.
+            final = response.parameters["triton_final_response"].bool_param
+            chunk = Chunk.read(result) if response.outputs else None
+            if final:
+                self._finish()
+            if chunk is not None:
+                return chunk
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancels what still runs. May be called at any time, more than once."""
+        if not self._over:
+            self._over = True
+            self._grpc.stop_stream(cancel_requests=True)
+            self._grpc.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_grpc", None) is not None:
+            self.close()
+
+    def _finish(self) -> None:
+        self._over = True
+        self._grpc.stop_stream()
+        self._grpc.close()
+
+    def _take(self) -> tuple[grpc.InferResult | None, InferenceServerException | None]:
+        left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+        bounds = [s for s in (left, self._client.stall) if s is not None]
+        try:
+            return self._answers.get(timeout=min(bounds) if bounds else None)
+        except queue.Empty:
+            self.close()
+            what = f"{self._client.stall:g} s without a response" if min(bounds) != left else f"{self._client.timeout:g} s"
+            raise ClientError(f"The server at {self._client.url} did not finish: gave up after {what}.") from None
+
+    def _sentence(self, error: InferenceServerException) -> str:
+        status, message = str(error.status() or ""), error.message().strip()
+        if "UNAVAILABLE" in status:
+            return f"The server at {self._client.url} cannot be reached: {message}"
+        if "DEADLINE" in status:
+            return f"The server at {self._client.url} did not finish: gave up after {self._client.timeout:g} s."
+        return message.removeprefix("in ensemble 'ensemble', ")
+
+
+def _inputs(prompt: Prompt, parameters: dict[str, Any], *, stream: bool) -> list[grpc.InferInput]:
+    """Raises ClientError for an unknown parameter or a value that does not fit its dtype."""
+    inputs = [_prompt(prompt), _tensor("stream", "BOOL", np.array([stream]))]
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise ClientError(f"{name} is not a parameter; the parameters are {', '.join(PARAMETERS)}.")
+        if value is None:
+            continue
+        triton, dtype = PARAMETERS[name]
+        values = [value] if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) else list(value)
+        if triton == "BYTES":
+            array = _bytes(values)
+        else:
+            try:
+                array = np.array(values, dtype)
+                fits = len(values) == 1 and (triton == "FP32" or array[0] == value)
+            except (OverflowError, ValueError, TypeError):
+                fits = False
+            if not fits:
+                raise ClientError(f"{name} is {value!r}; it must be one {triton} value.")
+        inputs.append(_tensor(name, triton, array))
+    return inputs
+
+
+def _prompt(prompt: Prompt) -> grpc.InferInput:
+    if isinstance(prompt, (str, bytes)):
+        return _tensor("text_input", "BYTES", _bytes([prompt]))
+    prompt = list(prompt)
+    if prompt and isinstance(prompt[0], dict):
+        return _tensor("messages", "BYTES", _bytes([json.dumps(prompt, ensure_ascii=False)]))
+    return _tensor("input_ids", "INT32", np.array(prompt, np.int32))
+
+
+def _bytes(values: Sequence[str | bytes]) -> np.ndarray:
+    encoded = [value.encode() if isinstance(value, str) else value for value in values]
+    return np.array(encoded, np.object_)
+
+
+def _tensor(name: str, triton: str, array: np.ndarray) -> grpc.InferInput:
+    tensor = grpc.InferInput(name, array.shape, triton)
+    tensor.set_data_from_numpy(array)
+    return tensor

@@ -1,0 +1,35 @@
+import numpy as np
+
+from decoding.pack import pack_backbone, pack_target
+
+
+def test_target_layout():
+    batch, starts, logit_starts = pack_target(
+        [[10, 11, 12], [], [20]], np.array([4, 9, 0]), np.array([2, 0, 1]), capacity=16, max_context=100, first_row=5
+    )
+    assert batch.token_ids.tolist() == [10, 11, 12, 20] and batch.first_row == 5
+    assert batch.pad_index.tolist() == [[0, 1, 2], [0, 0, 0], [3, 0, 0]]
+    assert batch.pack_index.tolist() == [0, 1, 2, 6]
+    assert batch.position_ids.tolist() == [[4, 5, 6], [9, 10, 11], [0, 1, 2]]
+    assert batch.write_index.tolist() == [4, 9, 0]
+    assert batch.logit_rows.tolist() == [1, 2, 3]
+    assert starts.tolist() == [0, 3, 3] and logit_starts.tolist() == [0, 2, 2]
+    assert batch.mask.shape == (3, 1, 3, 16) and batch.mask.dtype == bool
+    assert batch.mask.sum(-1)[:, 0].tolist() == [[5, 6, 7], [10, 11, 12], [1, 2, 3]]
+    assert batch.mask[0, 0, 0, :5].all()
+
+
+def test_positions_of_empty_slots_stay_inside_the_rotary_tables():
+    batch, _, _ = pack_target([[1], [2] * 4], np.array([18, 3]), np.array([1, 1]), capacity=32, max_context=20)
+    assert batch.position_ids.tolist() == [[18, 19, 19, 19], [3, 4, 5, 6]]
+
+
+def test_backbone_layout():
+    features = [[np.full((2, 3), 1.0), np.full((1, 3), 2.0)], [], [np.full((1, 3), 3.0)]]
+    batch = pack_backbone(features, np.array([3, 0, 1]), np.array([4, 0, 7]), np.array([9, 0, 8]), 2, 12, 100)
+    assert batch.features[:, 0].tolist() == [1, 1, 2, 3]  # F = 4; block rows follow: 4, 5 | 6, 7 | 8, 9
+    assert batch.pad_index.tolist() == [[0, 1, 2, 4, 5], [6, 7, 0, 0, 0], [3, 8, 9, 0, 0]]
+    assert batch.position_ids.tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [7, 8, 9, 10, 11]]
+    assert batch.block_position_ids.tolist() == [[7, 8], [0, 1], [8, 9]]
+    assert batch.mask.shape == (3, 1, 2, 12)
+    assert batch.mask.sum(-1)[:, 0].tolist() == [[9, 9], [2, 2], [10, 10]]

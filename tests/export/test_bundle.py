@@ -1,0 +1,154 @@
+"""python -m export end to end on tiny models: what it writes, what it refuses, and that nothing half-written stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from export.__main__ import export
+from export.bundle import copy_tokenizer, target_entry, written_whole
+from tests.tiny import make_draft, make_target
+from training.checkpoint import checkpoint_hash
+from training.target import DecoderConfig
+
+ROOT = Path(__file__).parents[2]
+QUIET = Console(quiet=True)
+ENGINES = ["target", "backbone", "markov", "confidence", "verify"]
+
+
+@pytest.fixture()
+def pair(tmp_path):
+    target = make_target(tmp_path / "target")
+    return target, make_draft(tmp_path / "draft", target)
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if ".partial-" in p.name or ".old-" in p.name)
+
+
+@pytest.mark.parametrize(
+    "family, target_options, draft_options, dtype",
+    [
+        ("llama", {}, {}, "fp32"),
+        ("llama", {"tied": True}, {"head": "gated", "confidence": "hidden", "layer_ids": (-1, 2)}, "int8"),
+        ("qwen3", {}, {"head": "rnn", "draft_vocab": 40}, "fp32"),
+        ("qwen3", {"bias": True}, {"rank": 0, "confidence": None}, "int8"),
+    ],
+)
+def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draft_options, dtype):
+    target = make_target(tmp_path / "target", family=family, eos=[62, 63], **target_options)
+    draft = make_draft(tmp_path / "draft", target, **draft_options)
+    out = tmp_path / "bundle"
+    export(target, draft, out, dtype=dtype, max_context=128, console=QUIET)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["format_version"] == 1 and manifest["dtype"] == dtype and manifest["max_context"] == 128
+    assert manifest["target"]["hash"] == checkpoint_hash(target) and manifest["draft"]["hash"] == checkpoint_hash(draft)
+    assert manifest["target"]["eos_token_ids"] == [62, 63] and manifest["target"]["bos_token_id"] == 0
+    assert manifest["draft"]["vocab_size"] == draft_options.get("draft_vocab", 64)
+    assert manifest["draft"]["has_confidence"] == (draft_options.get("confidence", "markov") is not None)
+    assert list(manifest["engines"]) == ENGINES
+    for entry in manifest["engines"].values():
+        path = out / entry["path"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+        data = path.with_name("model.onnx.data")
+        assert data.is_file() == ("data_sha256" in entry)
+    assert {row["engine"] for row in manifest["parity"]} == set(ENGINES)
+    assert all(np.isfinite([row["cosine"], row["norm_ratio"], row["max_abs"]]).all() for row in manifest["parity"])
+    assert left_over(tmp_path) == [] and not (out / "tokenizer.json").exists()
+
+
+def test_a_failed_export_leaves_the_old_bundle(tmp_path, pair, monkeypatch):
+    out = tmp_path / "bundle"
+    export(*pair, out, console=QUIET)
+    before = (out / "manifest.json").read_bytes()
+    monkeypatch.setattr("export.parity.FP32_RELATIVE", 0.0)  # a gate that no rounding passes
+    with pytest.raises(ValueError, match=r"^parity: .* is outside the fp32 gate"):
+        export(*pair, out, console=QUIET)
+    assert (out / "manifest.json").read_bytes() == before and left_over(tmp_path) == []
+
+
+def test_what_is_no_bundle_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not a bundle"):
+        with written_whole(tmp_path / "mine"):
+            pass
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state[name]
+    save_file(state, folder / "model.safetensors")
+
+
+def add_tensor(folder: Path, name: str) -> None:
+    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(2)}, folder / "model.safetensors")
+
+
+BAD = {
+    "another hidden size": (lambda t, d: edit(d, hidden_size=64), "hidden_size is 64, the target's is 32"),
+    "another vocabulary": (lambda t, d: edit(d, vocab_size=80), "vocab_size is 80, the target's is 64"),
+    "another depth": (lambda t, d: edit(d, num_target_layers=9), "num_target_layers is 9, the target's is 3"),
+    "layer ids": (lambda t, d: edit(d, target_layer_ids=[0, 3]), "target_layer_ids"),
+    "mask id": (lambda t, d: edit(d, mask_token_id=64), "mask_token_id is 64"),
+    "family": (lambda t, d: edit(t, model_type="gpt2"), "model_type is 'gpt2'"),
+    "weight missing": (lambda t, d: drop_tensor(d, "fc.weight"), "fc.weight"),
+    "weight unused": (lambda t, d: add_tensor(t, "model.extra"), "extra"),
+    "no target": (lambda t, d: (t / "config.json").unlink(), "--target"),
+    "no draft": (lambda t, d: (d / "config.json").unlink(), "--draft"),
+    "no weights": (lambda t, d: (t / "model.safetensors").unlink(), "safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(tmp_path, pair, name):
+    damage, expected = BAD[name]
+    damage(*pair)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        export(*pair, tmp_path / "bundle", console=QUIET)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert left_over(tmp_path) == [] and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("max_context", [3, 100_000])
+def test_max_context_has_a_range(tmp_path, pair, max_context):
+    with pytest.raises(ValueError, match=r"max_context is \d+; it must lie in 8\.\.512"):
+        export(*pair, tmp_path / "bundle", max_context=max_context, console=QUIET)
+
+
+def test_command_line(tmp_path, pair):
+    command = [sys.executable, "-m", "export", "--target", pair[0], "--draft", tmp_path / "nowhere", "--out", tmp_path / "bundle"]
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("export: --draft") and len(done.stderr.splitlines()) == 1
+
+
+def test_eos_from_either_config(tmp_path):
+    target = make_target(tmp_path / "target", eos=5)
+    config = DecoderConfig.from_hf(json.loads((target / "config.json").read_text()))
+    assert target_entry(target, config)["eos_token_ids"] == [5]
+    (target / "generation_config.json").unlink()
+    edit(target, eos_token_id=[7, 8])
+    assert target_entry(target, config)["eos_token_ids"] == [7, 8]
+
+
+def test_chat_template_inside_the_tokenizer_config(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    copy_tokenizer(tmp_path, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "chat_template.jinja").read_text() == "{{ messages }}"

@@ -1,0 +1,53 @@
+"""The parity check itself must be able to fail: each engine's graph is damaged once and must be caught."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from export.__main__ import build_graphs
+from export.parity import check_parity, real_tokens
+from tests.tiny import make_draft, make_target
+from training.checkpoint import load_draft
+from training.target import TargetModel
+
+
+def models(tmp_path):
+    folder = make_target(tmp_path / "target")
+    draft = load_draft(make_draft(tmp_path / "draft", folder, draft_vocab=40))
+    return folder, TargetModel.from_pretrained(folder, draft.config.target_layer_ids), draft
+
+
+def scale(name: str, factor: float):
+    return lambda g: g.weights.__setitem__(name, g.weights[name] * np.float32(factor))
+
+
+def roll(name: str):
+    return lambda g: g.weights.__setitem__(name, np.roll(g.weights[name], 1))
+
+
+DAMAGE = {
+    "target": scale("layers.2.mlp.down_proj.T", 1.01),
+    "backbone": scale("hidden_norm.weight", 0.98),
+    "markov": roll("draft_to_target"),
+    "confidence": scale("confidence_head.proj.T", -1),
+    "verify": roll("target_to_draft"),
+}
+
+
+@pytest.mark.parametrize("engine", DAMAGE)
+def test_a_damaged_graph_is_caught(tmp_path, engine):
+    folder, target, draft = models(tmp_path)
+    graphs = build_graphs(target, draft, dtype="fp32", max_context=128)
+    DAMAGE[engine](next(g for g in graphs if g.name == engine))
+    for g in graphs:
+        g.save(tmp_path / "bundle" / "onnx" / g.name)
+    with pytest.raises(ValueError, match=f"^parity: {engine}, "):
+        check_parity(tmp_path / "bundle", graphs, target, draft, folder, dtype="fp32", console=Console(quiet=True))
+
+
+def test_real_tokens_without_a_tokenizer_are_the_targets_own(tmp_path):
+    folder, target, _ = models(tmp_path)
+    tokens = real_tokens(target, folder)
+    assert [len(t) for t in tokens] == [27, 17, 34] and all(0 <= i < 64 for t in tokens for i in t)

@@ -1,0 +1,110 @@
+"""The target graph against TargetModel, and that a token's logits depend on nothing but its own request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from export.lower_onnxruntime import lower
+from export.parity import MASKED, Runner
+from export.quantize import quantize
+from export.target import build_target
+from tests.tiny import make_target
+from training.target import PackedBatch, TargetModel
+
+C = 48
+
+
+def graph_of(model: TargetModel, folder, *, int8: bool = False):
+    graph = build_target(model, 256)
+    if int8:
+        quantize(graph)
+    lower(graph)
+    graph.save(folder)
+    return graph
+
+
+def run(runner: Runner, batch: PackedBatch) -> dict[str, np.ndarray]:
+    names = ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")
+    feeds = {name: getattr(batch, name).numpy() for name in names}
+    mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
+    return runner(**feeds, mask=mask, logit_rows=np.arange(batch.token_ids.numel()))
+
+
+@pytest.mark.parametrize(
+    "family, options, layer_ids",
+    [
+        ("llama", {}, (0, 2)),
+        ("llama", {"tied": True, "bias": True}, (-1, 1)),
+        ("llama", {"kv_heads": 4}, (2,)),
+        ("qwen3", {}, (-1, 0, 1, 2)),
+        ("qwen3", {"tied": True, "bias": True}, (1,)),
+    ],
+)
+def test_two_ragged_steps_equal_pytorch(tmp_path, family, options, layer_ids):
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, **options), layer_ids)
+    runner = Runner(tmp_path / "graph", graph_of(model, tmp_path / "graph"), 3, C)
+    caches, done = model.new_caches(3, C), [0, 0, 0]
+    rng = np.random.default_rng(0)
+    for counts in ((9, 4, 13), (2, 11, 1)):
+        batch = PackedBatch.build([rng.integers(0, 64, n).tolist() for n in counts], done, C)
+        want = model(batch, torch.arange(batch.token_ids.numel()), caches)
+        got = run(runner, batch)
+        np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=2e-5)
+        np.testing.assert_allclose(got["features"], want.features.numpy(), atol=2e-5)
+        done = [a + b for a, b in zip(done, counts)]
+
+
+def test_logit_rows_select_packed_rows(tmp_path):
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (1,))
+    graph = graph_of(model, tmp_path / "graph")
+    batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
+    everything = run(Runner(tmp_path / "graph", graph, 2, C), batch)["logits"]
+    names = ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")
+    feeds = {name: getattr(batch, name).numpy() for name in names}
+    mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
+    some = Runner(tmp_path / "graph", graph, 2, C)(**feeds, mask=mask, logit_rows=np.array([4, 2]))["logits"]
+    np.testing.assert_array_equal(some, everything[[4, 2]])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_logits_do_not_depend_on_the_pass(tmp_path, int8, kv_heads):
+    """Bit for bit the same: in a batch, alone, token by token, in blocks of 7, in a larger cache."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", vocab=256, kv_heads=kv_heads), (1,))
+    graph = graph_of(model, tmp_path / "graph", int8=int8)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 256, n).tolist() for n in (20, 13, 31)]
+
+    def chunks(sequence: list[int], size: int, cache: int) -> np.ndarray:
+        runner = Runner(tmp_path / "graph", graph, 1, cache)
+        parts = [PackedBatch.build([sequence[i : i + size]], [i], cache) for i in range(0, len(sequence), size)]
+        return np.concatenate([run(runner, part)["logits"] for part in parts])
+
+    batched = run(Runner(tmp_path / "graph", graph, 3, 64), PackedBatch.build(sequences, [0, 0, 0], 64))["logits"]
+    for sequence, rows in zip(sequences, np.split(batched, np.cumsum([len(s) for s in sequences])[:-1])):
+        for size, cache in ((31, 64), (1, 64), (7, 64), (7, 256)):
+            np.testing.assert_array_equal(chunks(sequence, size, cache), rows)
+
+
+def test_static_cache_form_slices_to_the_mask(tmp_path):
+    """TensorRT's form: caches of a fixed length, C from the mask; the same logits."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+    graph_of(model, tmp_path / "dynamic")
+    static = build_target(model, 256, static_cache=128)
+    static.save(tmp_path / "static")
+    assert [s.shape[2] for s in static.inputs if s.name.startswith("past_key_values.")] == [128] * 6
+    batch = PackedBatch.build([[1, 2, 3, 4], [9, 8]], [0, 0], C)
+    a = run(Runner(tmp_path / "dynamic", build_target(model, 256), 2, C), batch)
+    b = run(Runner(tmp_path / "static", static, 2, 128), batch)
+    np.testing.assert_allclose(a["logits"], b["logits"], atol=1e-5)
+
+
+def test_caches_are_updated_in_place(tmp_path, capfd):
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+    runner = Runner(tmp_path / "graph", graph_of(model, tmp_path / "graph"), 1, C)
+    run(runner, PackedBatch.build([[1, 2, 3]], [0], C))
+    key = runner.caches["past_key_values.0.key"].numpy()
+    assert np.abs(key[:, :, :3]).min() > 0 and not key[:, :, 3:].any()
+    assert "in-place optimization not activated" not in capfd.readouterr().err
