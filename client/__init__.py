@@ -7,16 +7,15 @@ What an application copies, without this package:
     import queue
     import numpy as np
     import tritonclient.grpc as grpc
-
     answers, client = queue.Queue(), grpc.InferenceServerClient("127.0.0.1:8001")
-    inputs = [grpc.InferInput("text_input", [1], "BYTES"), grpc.InferInput("stream", [1], "BOOL")]
-    inputs[0].set_data_from_numpy(np.array(["Why is the sky blue?"], dtype=object))
-    inputs[1].set_data_from_numpy(np.array([True]))
+    text = grpc.InferInput("text_input", [1], "BYTES").set_data_from_numpy(np.array(["Why is the sky blue?"], dtype=object))
+    stream = grpc.InferInput("stream", [1], "BOOL").set_data_from_numpy(np.array([True]))
     client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=120)
-    client.async_stream_infer("ensemble", inputs)
+    client.async_stream_infer("ensemble", [text, stream])
     while not (result := answers.get(timeout=60)).as_numpy("finish_reason")[0]:
         print(result.as_numpy("text_output")[0].decode(), end="", flush=True)
     print(result.as_numpy("text_output")[0].decode())
+    client.stop_stream()
 """
 
 from .client import Chunk, Client, ClientError, Stream

@@ -31,7 +31,9 @@ def _fail(error: Exception | str) -> typer.Exit:
 @app.command()
 def generate(
     bundle: BundleOption,
-    input: Annotated[Path, typer.Option("--input", help="JSONL: {prompt | messages | input_ids, id?, max_tokens?, ...}.")],
+    input: Annotated[
+        Path, typer.Option("--input", help="JSONL: {prompt | messages | input_ids, id?, max_tokens?, ...}.")
+    ],
     output: Annotated[Path, typer.Option("--output", help="JSONL, one line for each input line, in its order.")],
     schedule: Annotated[str, typer.Option(help="none, fixed or threshold.")] = "fixed",
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
@@ -79,7 +81,9 @@ def compare(
     threshold: Annotated[Optional[float], typer.Option(help="Least confidence for --schedule threshold (0.5).")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens of a prompt at most.")] = 64,
     limit: Annotated[int, typer.Option(help="Prompts taken from the file; 0 = all.")] = 0,
-    near_tie: Annotated[float, typer.Option(help="A difference under this gap of the top two logits is a near-tie.")] = 1e-4,
+    near_tie: Annotated[
+        float, typer.Option(help="A difference under this gap of the top two logits is a near-tie.")
+    ] = 1e-4,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max_tokens.")] = False,
     threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
     report: Annotated[Optional[Path], typer.Option(help="Write the result to this JSON file.")] = None,

@@ -18,9 +18,9 @@ from .schedule import NoDraft, Scheduler
 
 
 def compare(engines: Engines, answers: list[Answer], batches: list[int], scheduler: Scheduler, near_tie: float) -> dict:
-    """Decodes `answers` greedily: with the target alone one by one (the reference), then with `scheduler` in batches of each
-    size. Returns counts; a difference counts as a near-tie when the target's top two logits after the common prefix
-    lie less than `near_tie` apart. Raises ValueError when an answer was refused."""
+    """Decodes `answers` greedily: with the target alone one by one (the reference), then with `scheduler` in batches of
+    each size. Returns counts; a difference counts as a near-tie when the target's top two logits after the common
+    prefix lie less than `near_tie` apart. Raises ValueError when an answer was refused."""
     if refused := [a.error for a in answers if a.error]:
         raise ValueError(refused[0])
     with progress(len(answers) * (1 + len(batches)), "comparing") as advance:
@@ -39,7 +39,9 @@ def compare(engines: Engines, answers: list[Answer], batches: list[int], schedul
             near = sum(g["gap"] < near_tie for g in gaps)
             different, near_ties = different + len(gaps) - near, near_ties + near
             tau = loop.metrics.acceptance_length
-            runs.append({"batch": size, "equal": equal, "near_ties": near, "acceptance_length": tau, "differences": gaps})
+            runs.append(
+                {"batch": size, "equal": equal, "near_ties": near, "acceptance_length": tau, "differences": gaps}
+            )
     tokens = sum(len(o) for o in reference)
     return {
         "prompts": len(answers), "tokens": tokens, "near_tie_bound": near_tie, "different": different,
@@ -60,7 +62,7 @@ def _outputs(engines: Engines, scheduler: Scheduler, answers: list[Answer], size
 
 
 def next_logits(engines: Engines, ids: list[int], chunk: int = 512) -> np.ndarray:
-    """[V] float32: the target's logits after `ids`, by a plain pass over them. Overwrites cache row 0: no loop may be active."""
+    """[V] float32: the target's logits after `ids`, by a plain pass over them. Overwrites cache row 0."""
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
         engines.ensure_capacity(1, start + len(part))

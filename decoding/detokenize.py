@@ -33,7 +33,7 @@ class Vocabulary:
         return [i for i in ids if i not in self.special and self.tokenizer.id_to_token(i) is not None]
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes of one token of a byte-level vocabulary; a token with a character outside its alphabet is UTF-8 text."""
+        """The bytes of a byte-level vocabulary's token; one with a character outside the alphabet is UTF-8 text."""
         known = self._bytes.get(token)
         if known is None:
             text = self.tokenizer.id_to_token(token) or ""
@@ -55,8 +55,8 @@ def detokenizer(vocabulary: Vocabulary) -> "ByteDetokenizer | WindowDetokenizer"
 
 
 class ByteDetokenizer:
-    """Byte-level vocabularies (GPT-2's, Llama 3's, Qwen's, SmolLM2's): tokens are bytes, so an incremental UTF-8 decoder is
-    exact; it holds back at most three bytes. Constant work per token."""
+    """Byte-level vocabularies (GPT-2's, Llama 3's, Qwen's, SmolLM2's): tokens are bytes, so an incremental UTF-8
+    decoder is exact; it holds back at most three bytes. Constant work per token."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary

@@ -7,8 +7,8 @@ An input line is an object with exactly one of
     messages   a chat, through the bundle's chat template
     input_ids  token ids
 and optionally id, max_tokens, temperature, seed, threshold. An output line, in input order, holds id, output_ids (new
-tokens), text, finish_reason, num_input_tokens, num_output_tokens and rounds: [{drafted, verified, accepted}], one for each
-verify pass (the prefill pass, which gives the first token, is none). A line that is refused gives {"id", "error"}.
+tokens), text, finish_reason, num_input_tokens, num_output_tokens and rounds: [{drafted, verified, accepted}], one for
+each verify pass (the prefill pass, which gives the first token, is none). A line that is refused gives {"id", "error"}.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def run(loop: Loop, answers: list[Answer], output: Path, tokenizer: ChatTokenize
 
 
 class progress:
-    """A progress bar on stderr that shows itself only after two seconds: `with progress(total, text) as advance: advance()`."""
+    """A bar on stderr, shown only after two seconds: `with progress(total, text) as advance: advance()`."""
 
     def __init__(self, total: int, text: str):
         self.total, self.text, self.done, self.bar, self.started = total, text, 0, None, perf_counter()
@@ -195,7 +195,12 @@ class progress:
             from rich.console import Console
             from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+            columns = [
+                *Progress.get_default_columns()[:2],
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            ]
             self.bar = Progress(*columns, console=Console(file=sys.stderr))
             self.bar.start()
             self.task = self.bar.add_task(self.text, total=self.total)

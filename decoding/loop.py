@@ -64,14 +64,14 @@ class _Draft:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Rows first_row .. first_row + len(counts) - 1 of one target pass; counts: tokens fed, 0 = the row only sits there."""
+    """Rows first_row .. first_row + len(counts) - 1 of one target pass; counts: tokens fed, 0 = only in the way."""
 
     first_row: int
     counts: list[int]
 
 
 class Loop:
-    """Decodes up to `max_requests` requests at once, `token_budget` tokens a step (decode tokens first, then prefill)."""
+    """Decodes up to `max_requests` requests at once, `token_budget` tokens a step (decode first, then prefill)."""
 
     def __init__(self, engines: Engines, scheduler: Scheduler, max_requests: int = 16, token_budget: int = 512):
         if max_requests < 1:
@@ -82,7 +82,7 @@ class Loop:
         self.max_requests, self.token_budget = max_requests, token_budget
         bundle = engines.bundle
         self.G, self.V_d, self.max_context = bundle.draft.block_size, bundle.draft.vocab_size, bundle.max_context
-        # A block is never clipped near the end, so a request's last verify pass may reach G positions past its last token.
+        # A block is never clipped near the end, so a last verify pass may reach G positions past the last token.
         self.limits = Limits(context=self.max_context - self.G, vocab_size=bundle.target.vocab_size)
         self.metrics = Metrics(self.G)
         temperatures = bundle.confidence_temperatures or (1.0,) * self.G
@@ -174,7 +174,7 @@ class Loop:
     def _draft(self) -> _Draft | None:
         """The blocks of all speculative requests in decode, and how much of each is verified; None when there is none.
 
-        Context that waits is handed to the draft on the way, also for requests still in prefill (their block is ignored).
+        Waiting context is handed to the draft on the way, also for requests still in prefill (their block is ignored).
         """
         rows, G = self._rows, self.G
         drafted = np.array([s.speculative and s.decoding for s in rows])
@@ -206,7 +206,9 @@ class Loop:
             confidence = 1.0 / (1.0 + np.exp(-logits / self._confidence_temperatures))
         state = RoundState(
             confidence=confidence,
-            threshold=np.array([np.nan if s.request.params.threshold is None else s.request.params.threshold for s in rows]),
+            threshold=np.array(
+                [np.nan if s.request.params.threshold is None else s.request.params.threshold for s in rows]
+            ),
             context=np.array([len(s.tokens) for s in rows]),
             plain=sum(s.decoding for s in self._rows) - len(rows),
             prefill=sum(s.prompt_length - s.target_length for s in self._rows if not s.decoding),
@@ -285,7 +287,9 @@ class Loop:
     ) -> VerifyResult:
         R, G = len(rows), self.G
         slots = np.minimum(np.arange(G + 1), np.maximum(logit_counts - 1, 0)[:, None])
-        starts = np.minimum(logit_starts, len(result.logits) - 1)  # rows without logits point anywhere; their result is ignored
+        starts = np.minimum(
+            logit_starts, len(result.logits) - 1
+        )  # rows without logits point anywhere; their result is ignored
         temperature = self._temperatures(rows)
         judged = draft is not None
         batch = VerifyBatch(

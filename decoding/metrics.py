@@ -58,4 +58,8 @@ class Metrics:
         return 1.0 - sum(self.engine_seconds.values()) / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict:
-        return {**self.__dict__, "acceptance_length": self.acceptance_length, "share_outside_engines": self.share_outside_engines}
+        return {
+            **self.__dict__,
+            "acceptance_length": self.acceptance_length,
+            "share_outside_engines": self.share_outside_engines,
+        }

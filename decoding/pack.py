@@ -14,9 +14,15 @@ from engines.base import BackboneBatch, TargetBatch
 
 
 def pack_target(
-    tokens: list[list[int]], lengths: ndarray, logit_counts: ndarray, capacity: int, max_context: int, first_row: int = 0
+    tokens: list[list[int]],
+    lengths: ndarray,
+    logit_counts: ndarray,
+    capacity: int,
+    max_context: int,
+    first_row: int = 0,
 ) -> tuple[TargetBatch, ndarray, ndarray]:
-    """`tokens[r]` (may be empty) behind `lengths` [R] cached positions; logits wanted for the last `logit_counts` [R] of them.
+    """`tokens[r]` (may be empty) behind `lengths` [R] cached positions; logits wanted for the last
+    `logit_counts` [R] of them.
 
     Returns (batch, starts [R]: packed row of each request's first token, logit_starts [R]: row of its first logits).
     Empty slots have pad_index 0 and write garbage behind a request's own tokens, which the next pass overwrites.
@@ -43,10 +49,16 @@ def pack_target(
 
 
 def pack_backbone(
-    features: list[list[ndarray]], counts: ndarray, lengths: ndarray, anchors: ndarray, G: int, capacity: int, max_context: int
+    features: list[list[ndarray]],
+    counts: ndarray,
+    lengths: ndarray,
+    anchors: ndarray,
+    G: int,
+    capacity: int,
+    max_context: int,
 ) -> BackboneBatch:
-    """New context `features[r]` (pieces [.., L*d], `counts` [R] rows in all) behind `lengths` [R] injected positions, then
-    the block of `anchors` [R] (token ids). A block sees all of its context and, in both directions, itself."""
+    """New context `features[r]` (pieces [.., L*d], `counts` [R] rows in all) behind `lengths` [R] injected positions,
+    then the block of `anchors` [R] (token ids). A block sees all of its context and, in both directions, itself."""
     R, Q = len(anchors), int(counts.max()) + G
     F = int(counts.sum())
     starts, slots = np.cumsum(counts) - counts, np.arange(Q)

@@ -13,19 +13,20 @@ DRAFT, ACCEPT, NEXT = 0, 1, 2  # purposes: draw of a draft token, its judgement,
 PURPOSES = 3
 
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: ndarray, key: tuple[int, int]) -> ndarray:
-    """Ten rounds of Philox-4x32. counter [4, ...] of 32-bit words in uint64; key two 32-bit words. Returns [4, ...] likewise."""
-    c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1), p0 & _LOW
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3])
+    """Ten rounds of Philox-4x32. counter [4, ...] of 32-bit words in uint64; key two 32-bit words. Returns [4, ...]."""
+    even, odd = counter[0::2], counter[1::2]  # words 0 and 2, words 1 and 3
+    column = (2,) + (1,) * (counter.ndim - 1)
+    multipliers = _MULTIPLIERS.reshape(column)
+    for i in range(10):
+        keys = np.array([(k + i * w) & 0xFFFFFFFF for k, w in zip(key, _WEYL)], np.uint64).reshape(column)
+        product = (even * multipliers)[::-1]
+        even, odd = (product >> _SHIFT) ^ odd ^ keys, product & _LOW
+    return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
 def uniforms(seed: int, position: ndarray | int, purpose: ndarray | int) -> ndarray:
@@ -37,7 +38,8 @@ def uniforms(seed: int, position: ndarray | int, purpose: ndarray | int) -> ndar
     """
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}; it must lie in 0..2^64-1.")
-    position, purpose = np.broadcast_arrays(np.asarray(position, np.uint64), np.asarray(purpose, np.uint64))
-    counter = np.stack([position & _LOW, position >> _SHIFT, purpose, np.zeros_like(position)])
+    position, purpose = np.asarray(position, np.uint64), np.asarray(purpose, np.uint64)
+    counter = np.zeros((4, *np.broadcast_shapes(position.shape, purpose.shape)), np.uint64)
+    counter[0], counter[1], counter[2] = position & _LOW, position >> _SHIFT, purpose
     word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[0]
     return (word >> np.uint64(9)).astype(np.float32) * np.float32(2.0**-23)

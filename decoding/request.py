@@ -59,7 +59,8 @@ def validate(request: Request, limits: Limits) -> None:
         raise RequestError("prompt is empty; it must hold at least 1 token.")
     if len(ids) >= limits.context:
         raise RequestError(
-            f"prompt is {len(ids)} tokens long; it must be at most {limits.context - 1} tokens (context {limits.context})."
+            f"prompt is {len(ids)} tokens long; it must be at most {limits.context - 1} tokens "
+            f"(context {limits.context})."
         )
     array = np.asarray(ids)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -70,7 +71,8 @@ def validate(request: Request, limits: Limits) -> None:
     most = limits.context - len(ids)
     if not _is_int(p.max_tokens) or not 1 <= p.max_tokens <= most:
         raise RequestError(
-            f"max_tokens is {p.max_tokens}; it must lie in 1..{most} (context {limits.context} less the prompt's {len(ids)})."
+            f"max_tokens is {p.max_tokens}; it must lie in 1..{most} "
+            f"(context {limits.context} less the prompt's {len(ids)})."
         )
     if not _in_range(p.temperature, 0.0, MAX_TEMPERATURE):
         raise RequestError(f"temperature is {p.temperature}; it must lie in 0..{MAX_TEMPERATURE:g} (0 = greedy).")

@@ -2,9 +2,9 @@
 
 Knows: calibrated confidences and what the round looks like. Refuses to know: tokens, probabilities, engines.
 
-Losslessness: whether slot k is verified may use only what is known before token x_k is drawn. c_k depends on x_{k-1} and
-hidden states, so a cut decided slot by slot from c_1 .. c_k is safe; anything that looks at c_{k+1}, ... to decide about
-slot k is not (the paper's Appendix A).
+Losslessness: whether slot k is verified may use only what is known before token x_k is drawn. c_k depends on x_{k-1}
+and hidden states, so a cut decided slot by slot from c_1 .. c_k is safe; anything that looks at c_{k+1}, ... to decide
+about slot k is not (the paper's Appendix A).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy import ndarray
 class RoundState:
     """What a scheduler may look at, for the R requests that have a draft in this round.
 
-    confidence [R, G]: calibrated chance that slot k is accepted given that all before it were (constant near 1 without a
+    confidence [R, G]: calibrated chance that slot k is accepted given that all before it were (near 1 without a
     confidence head). threshold [R]: the requests' own thresholds, NaN where none. context [R]: tokens each holds.
     plain: requests decoded without a draft; prefill: prompt tokens still to be fed. The last three are for
     load-aware schedulers, with the cost table of the bundle's manifest (`sps`).
@@ -39,7 +39,7 @@ class RoundState:
 
 
 class Scheduler(Protocol):
-    """`lengths` -> [R] int64 in 0..G. drafts False: the draft is never run; uses_confidence False: nor its confidence head."""
+    """`lengths` -> [R] int64 in 0..G. drafts, uses_confidence: whether the draft, its confidence head are run at all."""
 
     drafts: bool
     uses_confidence: bool

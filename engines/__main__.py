@@ -29,9 +29,13 @@ def info(bundle: Annotated[Path, typer.Option(help="Folder that holds manifest.j
     t, d = b.target, b.draft
     head = f"Markov {d.markov_head_type} rank {d.markov_rank}" if d.markov_rank else "no Markov head (DFlash)"
     print(f"bundle      {b.folder}  ({b.backend}, {b.dtype}, made {b.created})")
-    print(f"target      {t.name}: {t.model_type}, {t.num_layers} layers, hidden {t.hidden_size}, vocabulary {t.vocab_size}")
-    print(f"draft       block {d.block_size}, {d.depth} layers on target layers {list(d.layer_ids)}, {head}, "
-          f"vocabulary {d.vocab_size}, confidence {'yes' if d.has_confidence else 'no'}")
+    print(
+        f"target      {t.name}: {t.model_type}, {t.num_layers} layers, hidden {t.hidden_size}, vocabulary {t.vocab_size}"
+    )
+    print(
+        f"draft       block {d.block_size}, {d.depth} layers on target layers {list(d.layer_ids)}, {head}, "
+        f"vocabulary {d.vocab_size}, confidence {'yes' if d.has_confidence else 'no'}"
+    )
     print(f"context     {b.max_context} positions; tokenizer {'yes' if b.tokenizer_file else 'no'}")
     for name, spec in b.engines.items():
         path = b.folder / spec.path

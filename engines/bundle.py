@@ -316,7 +316,8 @@ def _engines(raw: dict, file: Path) -> dict[str, EngineSpec]:
 
 def _tensors(raw: tuple, where: str) -> tuple[TensorSpec, ...]:
     return tuple(
-        TensorSpec(_get(t, "name", str, where), _get(t, "dtype", str, where), _get(t, "shape", tuple, where)) for t in raw
+        TensorSpec(_get(t, "name", str, where), _get(t, "dtype", str, where), _get(t, "shape", tuple, where))
+        for t in raw
     )
 
 

@@ -20,8 +20,8 @@ def bucket(length: int) -> int:
 
 
 class Caches:
-    """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Contiguous rows are contiguous memory,
-    so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do."""
+    """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Neighbouring rows are contiguous
+    memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do."""
 
     def __init__(self, count: int, heads: int, head_dim: int, dtype: str = "float32"):
         self.heads, self.head_dim, self.dtype = heads, head_dim, np.dtype(dtype)
@@ -36,7 +36,8 @@ class Caches:
     def ensure(self, rows: int, length: int) -> None:
         """Holds `rows` rows of `length` positions, keeping the first positions of every row that stays.
 
-        Raises MemoryError, and is then empty, when there is no room. Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
+        Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
+        Raises MemoryError, and is then empty, when there is no room.
         """
         capacity = bucket(length)
         if capacity < self.capacity:

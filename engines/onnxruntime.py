@@ -28,21 +28,29 @@ from .base import (
 from .bundle import Bundle, BundleError, EngineSpec, TensorSpec
 from .caches import Caches
 
-_ORT_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(bool)": "bool"}
+_ORT_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 
 
 class OnnxRuntimeEngines:
-    """`engines.base.Engines` on ONNX Runtime. `threads`: intra-op threads, None = the physical cores this process may use."""
+    """`engines.base.Engines` on ONNX Runtime. `threads`: None = the physical cores this process may use."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, log_severity: int = 3):
         t, d = bundle.target, bundle.draft
         self.bundle = bundle
         options = session_options(threads or physical_cores(), log_severity)
-        self.target_caches = Caches(2 * t.num_layers, t.num_kv_heads, t.head_dim, _cache_dtype(bundle.engines["target"]))
+        self.target_caches = Caches(
+            2 * t.num_layers, t.num_kv_heads, t.head_dim, _cache_dtype(bundle.engines["target"])
+        )
         self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, _cache_dtype(bundle.engines["backbone"]))
         caches = {"target": self.target_caches, "backbone": self.draft_caches}
         self._graphs = {
-            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name)) for name, spec in bundle.engines.items()
+            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name))
+            for name, spec in bundle.engines.items()
         }
         self._mask_dtype = {n: _input(bundle.engines[n], "mask").dtype for n in ("target", "backbone")}
 
@@ -95,7 +103,9 @@ class Graph:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own unrelated types
             reason = str(error).splitlines()[0]
-            raise BundleError(f"ONNX Runtime {ort.__version__} cannot open {path} ({reason}); export it again.") from error
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} cannot open {path} ({reason}); export it again."
+            ) from error
         _check_graph(path, spec.inputs, self.session.get_inputs())
         _check_graph(path, spec.outputs, self.session.get_outputs())
         self.name, self.caches = path.parent.name, caches
@@ -109,17 +119,21 @@ class Graph:
         self._generation = -1
 
     def run(self, feeds: dict[str, ndarray | None], first_row: int = 0) -> dict[str, ndarray]:
-        """feeds: an array per graph input, of the declared dtype and shape (else ValueError); what the graph does not use may
-        be there too. Returns views of the buffers."""
+        """feeds: an array per graph input, of the declared dtype and shape (else ValueError); what the graph does not
+        use may be there too. Returns views of the buffers."""
         sizes: dict[str, int] = {}
         arrays = []
         for name, dtype, shape in self.inputs:
             array = feeds[name]
             if array.dtype != dtype or array.ndim != len(shape):
-                raise ValueError(f"{self.name}: {name} is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}.")
+                raise ValueError(
+                    f"{self.name}: {name} is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}."
+                )
             for dim, size in zip(shape, array.shape):
                 if (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) != size:
-                    raise ValueError(f"{self.name}: {name} is {list(array.shape)}, expected {list(shape)} with {sizes}.")
+                    raise ValueError(
+                        f"{self.name}: {name} is {list(array.shape)}, expected {list(shape)} with {sizes}."
+                    )
             arrays.append((name, dtype.type, np.ascontiguousarray(array)))
         binding = self._binding(first_row, sizes)
         for name, kind, array in arrays:
@@ -196,7 +210,9 @@ def _check_graph(path: Path, declared: tuple[TensorSpec, ...], actual: list) -> 
     names = {node.name: node for node in actual}
     if set(names) != {s.name for s in declared}:
         odd = sorted(set(names) ^ {s.name for s in declared})[0]
-        raise BundleError(f"{path} and the manifest disagree about {odd!r}; export the bundle again (python -m export).")
+        raise BundleError(
+            f"{path} and the manifest disagree about {odd!r}; export the bundle again (python -m export)."
+        )
     for spec in declared:
         node = names[spec.name]
         dims = [d for d in zip(spec.shape, node.shape) if all(isinstance(x, int) for x in d)]

@@ -13,7 +13,9 @@ from tests.tiny import make_draft, make_target
 ORACLE = Path(__file__).parent / "oracle"
 
 
-def tiny_bundle(folder: Path, *, vocab: int = 64, depth: int = 3, eos: int | None = None, family: str = "llama", **draft) -> Path:
+def tiny_bundle(
+    folder: Path, *, vocab: int = 64, depth: int = 3, eos: int | None = None, family: str = "llama", **draft
+) -> Path:
     """folder/bundle: a random target of `depth` layers with a random draft (keyword arguments of tests.tiny.make_draft)."""
     target = make_target(folder / "target", vocab=vocab, layers=depth, eos=eos, family=family)
     return exported(target, make_draft(folder / "draft", target, **draft), folder / "bundle")

@@ -80,6 +80,7 @@ def train(
     tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
     anchor_share: Annotated[float, typer.Option(help="share of answer positions that start a block")] = 0.5,
     max_length: Annotated[int, typer.Option(help="longer sequences are cut")] = 1024,
+    hot_share: Annotated[float, typer.Option(help="share used of the sequences sampled at temperature 1")] = 1.0,
     feature_cache_gb: Annotated[float, typer.Option(help="memory for the target's features")] = 8.0,
     save_minutes: float = 5.0,
     evaluate_steps: int = 250,
@@ -105,7 +106,7 @@ def train(
             anchor_share=anchor_share, max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb, save_minutes=save_minutes,
             evaluate_steps=evaluate_steps,
         )  # fmt: skip
-        train(target, lambda: load_sequences(data), out, shape, settings, init=init, resume=resume)
+        train(target, lambda: load_sequences(data, hot_share), out, shape, settings, init=init, resume=resume)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

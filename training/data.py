@@ -9,6 +9,7 @@ Legend: B sequences, S positions (the longest of the batch), L*d feature width, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,8 +130,10 @@ class TargetPass:
         width = target.config.hidden_size * (len(target.layer_ids) + 1)
         return width * target.embed_tokens.weight.element_size() + 4
 
-    def forget(self) -> None:
-        self.cache, self.used = {}, 0
+    def forget(self, which: Callable[[int], bool] = lambda key: True) -> None:
+        """Drops the results of the batches whose key is meant."""
+        self.cache = {key: side for key, side in self.cache.items() if not which(key)}
+        self.used = sum(side.nbytes for side in self.cache.values())
 
     def __call__(self, batch: Batch, key: int | None = None) -> TargetSide:
         """key: the batch's number, under which the result is kept; None keeps nothing."""

@@ -41,19 +41,22 @@ class Sequence:
     kind: str
 
 
-def load_sequences(folder: str | Path) -> list[Sequence]:
-    """Every sequence of the folder's complete shards, in the shards' order. Raises FileNotFoundError without any."""
+def load_sequences(folder: str | Path, hot_share: float = 1.0) -> list[Sequence]:
+    """The sequences of the folder's complete shards, in the shards' order; of those sampled at temperature 1 or more only
+    the share `hot_share`, chosen by index. Raises FileNotFoundError without any shard."""
     files = sorted(Path(folder).glob("shard-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no shard-*.safetensors file; run `python -m training generate` first.")
-    return [sequence for file in files for sequence in _read_shard(file)]
+    return [sequence for file in files for sequence in _read_shard(file, hot_share)]
 
 
-def _read_shard(file: Path) -> Iterator[Sequence]:
+def _read_shard(file: Path, hot_share: float) -> Iterator[Sequence]:
+    names = ("tokens", "offsets", "prompt_lengths", "kind", "index", "temperature")
     with safe_open(file, framework="numpy") as handle:
-        tokens, offsets, lengths, kind = map(handle.get_tensor, ("tokens", "offsets", "prompt_lengths", "kind"))
+        tokens, offsets, lengths, kind, index, temperature = map(handle.get_tensor, names)
     for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        yield Sequence(tokens[start:end], int(lengths[i]), KINDS[kind[i]])
+        if temperature[i] < 1.0 or index[i] * 0.6180339887 % 1.0 < hot_share:
+            yield Sequence(tokens[start:end], int(lengths[i]), KINDS[kind[i]])
 
 
 class ShardWriter:

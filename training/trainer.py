@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from training.loss import Losses, LossWeights, block_losses, make_slots, target_
 from training.target import TargetModel
 
 ADAM_BETAS = (0.9, 0.95)
-EVALUATION_TOKENS = 16_384  # of the held-out slice, at most
+EVALUATION_TOKENS = 12_288  # of the held-out slice, at most
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class TrainSettings:
     final_lr: float = 0.02  # share of lr at the end of the cosine
     warmup: float = 0.04  # share of the run
     clip: float = 1.0
-    tokens_per_batch: int = 1024
+    tokens_per_batch: int = 768
+    batches_per_step: int = 2  # each on a thread of its own: their gradients are averaged
     anchor_share: float = 0.5  # of the answer positions of a sequence, drawn anew each time it is seen
     max_length: int = 1024
     loss: LossWeights = LossWeights()
@@ -96,6 +98,8 @@ class Trainer:
         self.target_head = target.lm_head.weight[self.ids].float()
         self.target_pass = TargetPass(target, self.ids, int(settings.feature_cache_gb * 1e9))
         self.batches: list[Batch] = []
+        self.held_out: list[Batch] = []
+        self.held_out_keys: list[str] = []
         self.grown: list[list[str]] = []  # keys of the sequences that each growth added
         self.grow(load())
         if not self.batches:
@@ -106,16 +110,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, ADAM_BETAS, weight_decay=0.0, fused=True)
         self.progress = Progress()
         self.stop_requested = False
+        self.workers = ThreadPoolExecutor(
+            min(settings.batches_per_step, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def hold_out(self, sequences: list[Sequence]) -> None:
         """Chooses the slice that is evaluated."""
-        s = self.settings
+        s, keys = self.settings, [sequence_key(x) for x in sequences]
+        if keys == self.held_out_keys:
+            return
+        self.target_pass.forget(lambda key: key < 0)
         held = make_batches(sequences, s.tokens_per_batch, s.max_length)
         order = torch.randperm(len(held), generator=generator_for(s.seed, "held-out", 0)).tolist()
         self.held_out = [held[i] for i in order[: max(1, EVALUATION_TOKENS // s.tokens_per_batch)]]
-        self.held_out_keys = [sequence_key(x) for x in sequences]
+        self.held_out_keys = keys
 
     def grow(self, sequences: list[Sequence]) -> None:
         """Adds batches of the sequences that are new and not held out; chooses the held-out slice again."""
@@ -143,7 +153,7 @@ class Trainer:
         draft, G = self.draft, self.draft.config.block_size
         slots = make_slots(batch.tokens, batch.loss_mask, anchors, keep, G)
         features = side.features if self.settings.bf16 else side.features.float()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.bf16, cache_enabled=False):
             hidden = draft.backbone(features, batch.tokens.gather(1, anchors), anchors, keep)
             embeddings = None
             head, x = draft.lm_head.weight, hidden
@@ -171,29 +181,45 @@ class Trainer:
         G = self.draft.config.block_size
         return block_losses(f.x, f.head, f.confidence, f.p, f.p_row, f.labels, f.slot, self.settings.loss, G, dtype)
 
+    def gradients(self, key: int, number: int) -> "BatchResult":
+        """Forward and backward of batch `key`; `number` (step and place in it) seeds its anchors."""
+        batch = self.batches[key]
+        anchors, keep = self.anchors(batch, generator_for(self.settings.seed, "anchors", number))
+        f = self.forward(batch, self.target_pass(batch, key), anchors, keep)
+        losses = self.losses(f)
+        gradients = torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
+        return BatchResult(losses, gradients, f.valid, int(keep.sum()), int(batch.loss_mask.sum()))
+
     def step(self) -> dict:
-        """One optimiser step -> its line of the log."""
+        """One optimiser step -> its line of the log.
+
+        A batch runs on one thread from end to end: two threads that met at every operation would wait for each other
+        whenever the machine has other work.
+        """
         s, done = self.settings, self.progress
         if done.place == len(self.batches):
             done.epoch, done.place = done.epoch + 1, 0
             self.grow(self.load())
         order = torch.randperm(len(self.batches), generator=generator_for(s.seed, "order", done.epoch))
-        key = int(order[done.place])
-        batch = self.batches[key]
-        anchors, keep = self.anchors(batch, generator_for(s.seed, "anchors", done.step))
-        f = self.forward(batch, self.target_pass(batch, key), anchors, keep)
-        losses = self.losses(f)
-        losses.total.backward()
+        keys = order[done.place : done.place + s.batches_per_step].tolist()
+        numbers = [done.step * s.batches_per_step + i for i in range(len(keys))]
+        results = list(self.workers.map(self.gradients, keys, numbers))
+        for parameter, *parts in zip(self.parameters, *(r.gradients for r in results)):
+            present = [g for g in parts if g is not None]
+            parameter.grad = sum(present[1:], start=present[0]).div_(len(keys)) if present else None
         norm = nn.utils.clip_grad_norm_(self.parameters, s.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr = s.lr * self.lr_share()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        done.step, done.place = done.step + 1, done.place + 1
-        done.blocks += int(keep.sum())
-        done.tokens += int(batch.loss_mask.sum())
-        chance, tau = block_acceptance(1 - 0.5 * losses.row_l1, f.valid)
-        values = {k: round(float(getattr(losses, k).detach()), 5) for k in ("total", "ce", "l1", "confidence")}
+        done.step, done.place = done.step + 1, done.place + len(keys)
+        done.blocks += sum(r.blocks for r in results)
+        done.tokens += sum(r.tokens for r in results)
+        chance, tau = block_acceptance(
+            torch.cat([1 - 0.5 * r.losses.row_l1 for r in results]), torch.cat([r.valid.flatten(0, 1) for r in results])
+        )
+        mean = lambda name: sum(float(getattr(r.losses, name).detach()) for r in results) / len(results)
+        values = {name: round(mean(name), 5) for name in ("total", "ce", "l1", "confidence")}
         return {
             "step": done.step, "epoch": done.epoch, "batches": len(self.batches), **values, "acceptance": chance,
             "tau": tau, "lr": lr, "grad_norm": round(float(norm), 4), "blocks": done.blocks, "tokens": done.tokens,
@@ -222,32 +248,36 @@ class Trainer:
         greedy_tau: teacher-forced on recorded answers that the target itself would choose (95% of their tokens are its
         argmax): 1 + how many slots from the first on have the recorded token as the draft's argmax.
         """
-        self.draft.eval()
-        sums, chances, valids, greedy, greedy_valid = torch.zeros(4), [], [], [], []
-        for i, batch in enumerate(self.held_out):
-            anchors, keep = self.anchors(batch, generator_for(self.settings.seed, "evaluate", i))
-            f = self.forward(batch, self.target_pass(batch), anchors, keep)
-            losses = self.losses(f)
-            sums += torch.stack([losses.total, losses.ce, losses.l1, losses.confidence])
-            chances.append(1 - 0.5 * losses.row_l1)
-            valids.append(f.valid.flatten(0, 1))
-            hit = torch.cat([(x.float() @ f.head.float().t()).argmax(-1) for x in f.x.split(256)]) == f.labels
-            chosen = (f.p.argmax(-1)[f.p_row] == f.labels) | (f.labels < 0)
-            per_row = lambda x: torch.zeros(f.valid.shape).masked_scatter(f.valid, x.float())
-            is_greedy = per_row(chosen).sum((1, 2)) >= 0.95 * f.valid.sum((1, 2))
-            whole = f.valid[..., -1] & is_greedy[:, None]
-            greedy.append(per_row(hit)[whole].bool())
-            greedy_valid.append(torch.ones_like(greedy[-1]))
-        self.draft.train()
         if not self.held_out:
             return {}
-        chance, tau = block_acceptance(torch.cat(chances), torch.cat(valids))
-        names = ("total", "ce", "l1", "confidence")
-        line = {k: round(float(v), 5) for k, v in zip(names, sums / len(self.held_out))}
-        hits = torch.cat(greedy)
+        self.draft.eval()
+        parts = list(self.workers.map(self.evaluate_batch, range(len(self.held_out))))
+        sums = sum(p.losses for p in parts)
+        hits = torch.cat([p.greedy for p in parts])
+        chances, valids = torch.cat([p.chance for p in parts]), torch.cat([p.valid for p in parts])
+        self.draft.train()
+        chance, tau = block_acceptance(chances, valids)
+        line = {k: round(float(v), 5) for k, v in zip(("total", "ce", "l1", "confidence"), sums / len(parts))}
         greedy_tau = 1 + float(hits.int().cumprod(-1).sum(-1).float().mean()) if len(hits) else None
         return {**line, "acceptance": chance, "tau": tau, "greedy_tau": greedy_tau, "greedy_blocks": len(hits),
-                "blocks": int(torch.cat(valids).any(-1).sum())}  # fmt: skip
+                "blocks": int(valids.any(-1).sum())}  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate_batch(self, i: int) -> "BatchEvaluation":
+        batch = self.held_out[i]
+        anchors, keep = self.anchors(batch, generator_for(self.settings.seed, "evaluate", i))
+        f = self.forward(batch, self.target_pass(batch, -1 - i), anchors, keep)
+        losses = self.losses(f)
+        hit = torch.cat([(x.float() @ f.head.float().t()).argmax(-1) for x in f.x.split(256)]) == f.labels
+        chosen = (f.p.argmax(-1)[f.p_row] == f.labels) | (f.labels < 0)
+        per_row = lambda x: torch.zeros(f.valid.shape).masked_scatter(f.valid, x.float())
+        is_greedy = per_row(chosen).sum((1, 2)) >= 0.95 * f.valid.sum((1, 2))
+        return BatchEvaluation(
+            torch.stack([losses.total, losses.ce, losses.l1, losses.confidence]),
+            1 - 0.5 * losses.row_l1,
+            f.valid.flatten(0, 1),
+            per_row(hit)[f.valid[..., -1] & is_greedy[:, None]].bool(),
+        )
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +359,27 @@ class Forward:
     labels: Tensor
     slot: Tensor
     valid: Tensor
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """One batch of a step: its losses, the gradient of each parameter (None where unused), valid [B, A, G], counts."""
+
+    losses: Losses
+    gradients: tuple[Tensor | None, ...]
+    valid: Tensor
+    blocks: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BatchEvaluation:
+    """losses [4] (total, ce, l1, confidence), chance [N] and valid [B*A, G] of the slots, greedy [blocks, G] bool: hits."""
+
+    losses: Tensor
+    chance: Tensor
+    valid: Tensor
+    greedy: Tensor
 
 
 def block_acceptance(chance: Tensor, valid: Tensor) -> tuple[list[float], float]:

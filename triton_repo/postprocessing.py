@@ -84,6 +84,14 @@ class Postprocessor:
         stream.index += 1
         return response
 
+    def give_up(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Ends a request whose text could not be made: finish_reason error; its later rounds are dropped."""
+        uid = int(arrays["uid"][0])
+        stream = self._streams.pop(uid, None) or _Stream(TextStream(None, ()), stream=True)
+        if not arrays["finish_reason"][0]:
+            self._stop(uid)
+        return self._response(stream, arrays, "", [], "error")
+
     def _stream(self, uid: int, arrays: dict[str, np.ndarray]) -> _Stream | None:
         number = int(arrays["index"][0])
         if number == 0:

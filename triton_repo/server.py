@@ -240,8 +240,8 @@ def _check_installed() -> None:
 
 
 def _reason(log: Path) -> str:
-    """Why the server did not start: the model's own sentence, or the last line of the log."""
+    """Why the server did not start: the sentence of the model that failed, or the last line of the log."""
     text = log.read_text(errors="replace")
-    text = text[text.rfind("error: creating server") :] if "error: creating server" in text else text
-    found = re.findall(r"UNAVAILABLE state: \w+: (.+)", text) or [line for line in text.splitlines() if line.strip()]
-    return found[-1].strip().rstrip(";").strip() if found else "it left no log"
+    found = re.search(r"failed to load '\w+' version \d+: \w+: (.+?)(?:\\n|$)", text, re.M)  # the log escapes line breaks
+    lines = [found[1]] if found else [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip().strip('";') if lines else "it left no log"

@@ -239,7 +239,7 @@ class Service:
         if kind == "admitted":
             uid, sink, settings, prompt_tokens = rest
             tallies[uid] = _Tally(sink, settings, prompt_tokens, np.zeros(self._block_size, np.int32))
-            if self._progress:
+            if self._progress is not None:
                 self._progress.write(uid, 0)
         elif kind == "failed":
             for uid in rest[0]:
@@ -277,7 +277,7 @@ class Service:
                 del tallies[uid]
 
     def _under_way(self, uid: int, tally: _Tally) -> int:
-        return tally.index - self._progress.read(uid) if self._progress and tally.settings else 0
+        return tally.index - self._progress.read(uid) if self._progress is not None and tally.settings else 0
 
     def _respond(self, uid: int, tally: _Tally, token_ids, finish_reason: str) -> None:
         response = Round(

@@ -33,6 +33,11 @@ def write(pb_utils, arrays: dict[str, np.ndarray]) -> list:
     return [pb_utils.Tensor(name, array) for name, array in arrays.items()]
 
 
+def sentence(error: Exception | str) -> str:
+    """One line that Triton can carry: valid Unicode, no line breaks, at most 400 characters."""
+    return " ".join(str(error).encode("utf-8", "replace").decode().split())[:400]
+
+
 def one(value, dtype) -> np.ndarray:
     """A [1] array. Strings are BYTES: np.object_."""
     if dtype is np.object_:

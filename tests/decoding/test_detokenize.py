@@ -13,7 +13,10 @@ def byte_level():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
     tokenizer.add_tokens([AddedToken("<tool>", special=False), AddedToken(" né", special=False)])
@@ -23,7 +26,18 @@ def byte_level():
 
 def byte_fallback():
     """Llama 2's kind: Metaspace, and bytes for what the vocabulary lacks."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"Helo,wrd!Tspac.ab1234n", "▁wor", "▁Tw", "ld", "你"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *"Helo,wrd!Tspac.ab1234n",
+        "▁wor",
+        "▁Tw",
+        "ld",
+        "你",
+    ]
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -35,7 +49,10 @@ def byte_fallback():
 
 
 def word_piece():
-    vocabulary = {w: i for i, w in enumerate(["[UNK]", "[CLS]", "play", "##ing", "##ed", "the", "game", ",", ".", "don", "'", "t"])}
+    vocabulary = {
+        w: i
+        for i, w in enumerate(["[UNK]", "[CLS]", "play", "##ing", "##ed", "the", "game", ",", ".", "don", "'", "t"])
+    }
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(["[UNK]", "[CLS]"])

@@ -36,7 +36,9 @@ def generate(bundle, tmp_path):
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
         (tmp_path / "in.jsonl").write_text(text + "\n")
         files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-        result = CliRunner().invoke(app, ["generate", "--bundle", str(folder), "--threads", "1", *files, *map(str, options)])
+        result = CliRunner().invoke(
+            app, ["generate", "--bundle", str(folder), "--threads", "1", *files, *map(str, options)]
+        )
         assert not result.exception or isinstance(result.exception, SystemExit), result.exception
         out = tmp_path / "out.jsonl"
         return result, [json.loads(line) for line in out.read_text("utf-8").splitlines()] if out.exists() else None
@@ -63,7 +65,10 @@ def test_a_line_of_each_kind(generate, tiny):
 
 
 def test_schedules_agree_and_none_has_empty_rounds(generate):
-    runs = {s: generate([IDS] * 3, "--schedule", s, "--max-tokens", 12, "--ignore-eos")[1] for s in ("none", "fixed", "threshold")}
+    runs = {
+        s: generate([IDS] * 3, "--schedule", s, "--max-tokens", 12, "--ignore-eos")[1]
+        for s in ("none", "fixed", "threshold")
+    }
     assert len({json.dumps([o["output_ids"] for o in out]) for out in runs.values()}) == 1
     assert runs["none"][0]["rounds"] == [{"drafted": 0, "verified": 0, "accepted": 0}] * 11
     assert any(r["verified"] < r["drafted"] for r in runs["threshold"][0]["rounds"])
@@ -77,7 +82,9 @@ def test_seeds(generate):
     assert ids(generate([IDS] * 4, *options, "--seed", 5, "--max-requests", 1)[1]) == first
     assert ids(generate([IDS] * 3, *options, "--seed", 6)[1]) == first[1:], "line i uses seed + i"
     assert ids(generate([{**IDS, "seed": 8}], *options)[1]) == first[3:]
-    assert ids(generate([{**IDS, "temperature": 0}], *options)[1]) == ids(generate([IDS], "--max-tokens", 12, "--ignore-eos")[1])
+    assert ids(generate([{**IDS, "temperature": 0}], *options)[1]) == ids(
+        generate([IDS], "--max-tokens", 12, "--ignore-eos")[1]
+    )
 
 
 BAD = [
@@ -129,7 +136,10 @@ def test_exit_codes(generate, tmp_path):
     assert generate([])[0].exit_code == 0
     result, _ = generate([IDS], folder=tmp_path)
     assert result.exit_code == 1 and "manifest.json" in result.output
-    for option, message in ((("--schedule", "best"), "schedule is 'best'"), (("--max-requests", 0), "max_requests is 0")):
+    for option, message in (
+        (("--schedule", "best"), "schedule is 'best'"),
+        (("--max-requests", 0), "max_requests is 0"),
+    ):
         result, _ = generate([IDS], *option)
         assert result.exit_code == 1 and message in result.output
 

@@ -49,7 +49,9 @@ def test_neighbours_of_other_kinds_change_nothing(tiny, alone):
     """Greedy, plain and differently cut requests in the same batch."""
     todo = requests(TEXTS, temperature=1.0)
     others = [
-        Request(("other", i), text, SamplingParams(20, temperature=0.7 * (i % 2), speculative=i % 3 > 0, threshold=i / 10))
+        Request(
+            ("other", i), text, SamplingParams(20, temperature=0.7 * (i % 2), speculative=i % 3 > 0, threshold=i / 10)
+        )
         for i, text in enumerate(prompts(9, seed=5))
     ]
     mixed = [r for pair in zip(todo, others + todo[9:]) for r in pair][:18] + todo[9:]
@@ -68,7 +70,6 @@ def test_long_prompt_beside_decoding_takes_its_own_pass(tiny):
     assert max(len(p) for p in passes) == 2 and any(p[1].first_row == 4 for p in passes if len(p) == 2)
 
 
-@pytest.mark.parametrize("speculative", [True, False])
 def test_a_long_prompt_is_handed_to_the_draft_in_pieces(tiny):
     """Nobody decodes meanwhile: the draft's context must not wait for the end of the prompt."""
     todo = requests(prompts(2, low=300, high=301), temperature=1.0)
@@ -78,6 +79,7 @@ def test_a_long_prompt_is_handed_to_the_draft_in_pieces(tiny):
     assert loop.metrics.engine_calls["backbone"] >= loop.metrics.engine_calls["markov"] + 2 * 3
 
 
+@pytest.mark.parametrize("speculative", [True, False])
 def test_tokens_and_rounds_add_up(tiny, speculative):
     outputs = drive(Loop(tiny, Fixed(), max_requests=4), requests(TEXTS, max_tokens=16, speculative=speculative))
     for each in outputs.values():
@@ -93,7 +95,10 @@ def test_tokens_and_rounds_add_up(tiny, speculative):
 def test_no_schedule_never_runs_the_draft(tiny):
     loop = Loop(tiny, NoDraft())
     drive(loop, requests(TEXTS[:3]))
-    assert set(loop.metrics.engine_calls) == {"target", "verify"} and loop.metrics.rounds_without_draft == loop.metrics.rounds
+    assert (
+        set(loop.metrics.engine_calls) == {"target", "verify"}
+        and loop.metrics.rounds_without_draft == loop.metrics.rounds
+    )
 
 
 def test_eos_ends_a_request_wherever_it_stands_in_a_block(tiny):

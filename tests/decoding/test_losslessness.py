@@ -16,7 +16,7 @@ from tests.bundles import tiny_bundle
 from tests.decoding.drive import drive, prompts, requests, tokens
 
 VOCAB, LENGTH, SAMPLES, PROMPT = 8, 4, 20_000, (1, 5, 2)
-FEWER = 10_000  # enough to see every fault below: the same test, with less evidence than it passes with
+FEWER = 5_000  # enough to see every fault below: the same test, with less evidence than it passes with
 BOUND = 1e-4  # least p-value of the chi-square test; the seeds are fixed, so a pass stays a pass
 
 
@@ -30,7 +30,12 @@ def test_greedy_output_is_the_targets(tiny, scheduler, batch):
 
 @pytest.mark.parametrize(
     "draft",
-    [dict(head="gated"), dict(head="rnn", confidence="hidden"), dict(rank=0, confidence=None), dict(layer_ids=(-1, 2), layers=2)],
+    [
+        dict(head="gated"),
+        dict(head="rnn", confidence="hidden"),
+        dict(rank=0, confidence=None),
+        dict(layer_ids=(-1, 2), layers=2),
+    ],
     ids=["gated", "rnn", "dflash", "embedding-output"],
 )
 def test_greedy_output_is_the_targets_with_every_head(tmp_path, draft):
@@ -45,7 +50,9 @@ def test_greedy_output_is_the_targets_with_every_head(tmp_path, draft):
 
 def make_small(folder, draft_vocab):
     """(engines, exact [8^4] probabilities of every continuation of PROMPT, first token slowest)."""
-    loaded = engines.load(tiny_bundle(folder, vocab=VOCAB, depth=2, rank=4, block_size=3, draft_vocab=draft_vocab), threads=1)
+    loaded = engines.load(
+        tiny_bundle(folder, vocab=VOCAB, depth=2, rank=4, block_size=3, draft_vocab=draft_vocab), threads=1
+    )
     exact = np.ones(1)
     for length in range(LENGTH):
         rows = [softmax(next_logits(loaded, [*PROMPT, *prefix])) for prefix in product(range(VOCAB), repeat=length)]
@@ -71,8 +78,12 @@ def softmax(logits):
 
 def sample(loaded, scheduler, samples=SAMPLES, temperature=1.0):
     """[samples, LENGTH] continuations of PROMPT, one seed each, 64 at a time, greedy neighbours among them."""
-    todo = [Request(i, PROMPT, SamplingParams(LENGTH, temperature, seed=i * 7919, ignore_eos=True)) for i in range(samples)]
-    beside = [Request(("greedy", i), PROMPT + (3,), SamplingParams(2 + i % 5, ignore_eos=True)) for i in range(samples // 50)]
+    todo = [
+        Request(i, PROMPT, SamplingParams(LENGTH, temperature, seed=i * 7919, ignore_eos=True)) for i in range(samples)
+    ]
+    beside = [
+        Request(("greedy", i), PROMPT + (3,), SamplingParams(2 + i % 5, ignore_eos=True)) for i in range(samples // 50)
+    ]
     mixed = [r for i, request in enumerate(todo) for r in ((request, beside[i // 50]) if i % 50 == 0 else (request,))]
     got = tokens(drive(Loop(loaded, scheduler, max_requests=64), mixed))
     return np.array([got[i] for i in range(samples)])
@@ -96,9 +107,7 @@ def p_value(drawn, exact):
 def p_values(drawn, exact):
     """Of the joint distribution, and of every position's own."""
     table = exact.reshape((VOCAB,) * LENGTH)
-    alone = [
-        p_value(drawn[:, [k]], table.sum(axis=tuple(j for j in range(LENGTH) if j != k))) for k in range(LENGTH)
-    ]
+    alone = [p_value(drawn[:, [k]], table.sum(axis=tuple(j for j in range(LENGTH) if j != k))) for k in range(LENGTH)]
     return [p_value(drawn, exact), *alone]
 
 
@@ -161,7 +170,9 @@ def test_the_test_fails_when_the_accept_rule_is_broken(trimmed, name):
 def test_the_test_fails_when_accept_and_draft_share_their_randomness(trimmed, monkeypatch):
     loaded, exact = trimmed
     honest = Sequence.uniforms
-    monkeypatch.setattr(Sequence, "uniforms", lambda s, purpose, n: honest(s, DRAFT if purpose == ACCEPT else purpose, n))
+    monkeypatch.setattr(
+        Sequence, "uniforms", lambda s, purpose, n: honest(s, DRAFT if purpose == ACCEPT else purpose, n)
+    )
     values = p_values(sample(loaded, Fixed(), FEWER), exact)
     assert min(values) < BOUND, values
 

@@ -34,7 +34,9 @@ def generate(oracle, tmp_path):
     return go
 
 
-@pytest.mark.parametrize("max_requests, token_budget", [(1, 512), (4, 512), (3, 16)], ids=["alone", "batched", "chunked"])
+@pytest.mark.parametrize(
+    "max_requests, token_budget", [(1, 512), (4, 512), (3, 16)], ids=["alone", "batched", "chunked"]
+)
 def test_fixed_length_verification_is_the_references(generate, max_requests, token_budget):
     cases, lines = generate("fixed", max_requests, token_budget)
     for case, line in zip(cases, lines, strict=True):

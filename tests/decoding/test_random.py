@@ -33,7 +33,11 @@ def test_vectorised_equals_one_by_one():
 def test_uniform_independent_and_never_one():
     table = uniforms(11, np.arange(200_000)[None, :], np.arange(3)[:, None])
     assert table.min() >= 0 and table.max() <= 1 - 2**-23
-    assert all(np.float32(u) * np.float32(total) < np.float32(total) for u in (table.max(), 1 - 2**-23) for total in (1, 0.3, 7))
+    assert all(
+        np.float32(u) * np.float32(total) < np.float32(total)
+        for u in (table.max(), 1 - 2**-23)
+        for total in (1, 0.3, 7)
+    )
     np.testing.assert_allclose(table.mean(axis=1), 0.5, atol=4 * 12**-0.5 * 200_000**-0.5)
     bins = np.stack([np.bincount((row * 64).astype(int), minlength=64) for row in table])
     assert (((bins - 3125) ** 2 / 3125).sum(axis=1) < 130).all()  # chi-square of 63 degrees: p about 1e-6

@@ -31,7 +31,9 @@ def test_reads_what_export_wrote(bundle):
     assert b.tokenizer_file is None
 
 
-@pytest.mark.parametrize("options", [dict(rank=0, confidence=None), dict(head="gated"), dict(head="rnn", confidence="hidden")])
+@pytest.mark.parametrize(
+    "options", [dict(rank=0, confidence=None), dict(head="gated"), dict(head="rnn", confidence="hidden")]
+)
 def test_every_head_fits_the_contract(tmp_path, options):
     assert Bundle.load(tiny_bundle(tmp_path, **options)).draft.block_size == 4
 

@@ -81,7 +81,16 @@ def decode_round(engines, temperature):
     sampled = np.flatnonzero(temperatures > 0)
     nexts = np.full((2, G + 1), 0.5, np.float32)
     verify = VerifyBatch(
-        logits, rows, drafts, block.draft_indices, block.draft_probs, np.array([G, G]), temperatures, sampled, half, nexts
+        logits,
+        rows,
+        drafts,
+        block.draft_indices,
+        block.draft_probs,
+        np.array([G, G]),
+        temperatures,
+        sampled,
+        half,
+        nexts,
     )
     return drafts, logits, engines.verify(verify)
 

@@ -13,7 +13,7 @@ from decoding.request import RequestError
 from triton_repo.engine import open_service
 from triton_repo.metrics import Metrics
 from triton_repo.repository import Settings, bundle_folder
-from triton_repo.tensors import engine_request, read, round_arrays, write
+from triton_repo.tensors import engine_request, read, round_arrays, sentence, write
 
 
 class Sink:
@@ -27,7 +27,7 @@ class Sink:
         self.sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, round_arrays(response))), flags=flags)
 
     def fail(self, message):
-        error = pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
+        error = pb_utils.TritonError(sentence(message), pb_utils.TritonError.INVALID_ARG)
         self.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

@@ -6,6 +6,7 @@ one response comes at its end.
 
 import json
 import os
+import traceback
 
 import triton_python_backend_utils as pb_utils
 from triton_repo.description import ENGINE
@@ -28,7 +29,11 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             sender, arrays = request.get_response_sender(), read(pb_utils, request, self.names)
-            response = self.postprocessor(arrays, cancelled=request.is_cancelled())
+            try:
+                response = self.postprocessor(arrays, cancelled=request.is_cancelled())
+            except Exception:  # never an error: it would leave the ensemble's request open for ever
+                pb_utils.Logger.log_error(traceback.format_exc())
+                response = self.postprocessor.give_up(arrays)
             if response is None:
                 sender.send(flags=FINAL)
             else:

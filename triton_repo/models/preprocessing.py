@@ -1,12 +1,13 @@
 """Triton model `preprocessing`: user's tensors in, token ids and checked parameters out (triton_repo/preprocessing.py)."""
 
 import json
+import traceback
 
 import triton_python_backend_utils as pb_utils
 from decoding.request import RequestError
 from triton_repo.preprocessing import Preprocessor
 from triton_repo.repository import bundle_folder
-from triton_repo.tensors import read, write
+from triton_repo.tensors import read, sentence, write
 
 
 class TritonPythonModel:
@@ -23,5 +24,12 @@ class TritonPythonModel:
         try:
             arrays = self.preprocessor(read(pb_utils, request, self.names))
         except RequestError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            return self.refusal(sentence(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:
+            pb_utils.Logger.log_error(traceback.format_exc())
+            what = f"The request could not be prepared: {type(error).__name__}: {error}"
+            return self.refusal(sentence(what), pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse(output_tensors=write(pb_utils, arrays))
+
+    def refusal(self, message, code):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,160 @@
+"""Text of rounds without a server: chunk borders, stop words, stream = false, cancellation, disorder."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from tests.triton.support import END
+from triton_repo.postprocessing import Postprocessor
+from triton_repo.tensors import one
+
+
+@pytest.fixture
+def stopped():
+    return []
+
+
+@pytest.fixture
+def post(bundle, stopped):
+    return Postprocessor(bundle, stopped.append)
+
+
+def arrays(uid, index, ids, reason="", *, stream=True, stop_words=(), drafted=4, accepted=1):
+    return {
+        "uid": one(uid, np.uint64),
+        "index": one(index, np.int32),
+        "output_ids": np.array(ids, np.int32),
+        "finish_reason": one(reason, np.object_),
+        "settings": one(json.dumps({"stream": stream, "stop_words": list(stop_words)}) if index == 0 else "", np.object_),
+        "num_input_tokens": one(3, np.int32),
+        "num_output_tokens": one(99, np.int32),
+        "num_rounds": one(index, np.int32),
+        "total_draft_tokens": one(drafted * index, np.int32),
+        "total_accepted_draft_tokens": one(accepted * index, np.int32),
+        "accepted_per_position": np.array([accepted * index, 0, 0, 0], np.int32),
+    }
+
+
+def said(response) -> tuple[str, list[int], str]:
+    return response["text_output"][0].decode(), response["output_ids"].tolist(), response["finish_reason"][0].decode()
+
+
+def cut(ids, seed):
+    """ids in rounds of 1 .. 4."""
+    rng, chunks = random.Random(seed), []
+    while ids:
+        n = rng.randint(1, 4)
+        chunks.append(ids[:n])
+        ids = ids[n:]
+    return chunks
+
+
+def feed(post, uid, chunks, reason="length", **settings):
+    got = []
+    for index, ids in enumerate(chunks):
+        last = index == len(chunks) - 1
+        got.append(post(arrays(uid, index, ids, reason if last else "", **settings), cancelled=False))
+    return [r for r in got if r is not None]
+
+
+@pytest.mark.parametrize("text", ["你好，世界。🙂🚀 mixed мир", " leading and  double  spaces ", "👩‍👩‍👧"])
+def test_any_cut_gives_the_same_text(post, alone, text):
+    ids = alone.chat.encode(text)
+    for seed in range(8):
+        responses = feed(post, seed, cut(ids, seed))
+        assert "".join(said(r)[0] for r in responses) == text
+        assert [t for r in responses for t in said(r)[1]] == ids
+        assert all("\ufffd" not in said(r)[0] for r in responses)
+        assert [int(r["index"][0]) for r in responses] == list(range(len(responses)))
+
+
+def test_two_streams_do_not_mix(post, alone):
+    texts = {1: "日本語のテキスト", 2: "🙂🚀 emoji"}
+    chunks = {uid: cut(alone.chat.encode(text), uid) for uid, text in texts.items()}
+    got = {1: "", 2: ""}
+    for index in range(max(map(len, chunks.values()))):
+        for uid in (1, 2):
+            if index < len(chunks[uid]):
+                last = index == len(chunks[uid]) - 1
+                response = post(arrays(uid, index, chunks[uid][index], "length" if last else ""), cancelled=False)
+                got[uid] += said(response)[0] if response else ""
+    assert got == texts
+
+
+def test_a_stop_word_for_any_cut(post, alone, stopped):
+    ids = alone.chat.encode("the quick 世界 fox jumps over the lazy dog")
+    used = next(n for n in range(len(ids)) if "fox" in alone.text(ids[:n]))
+    for seed in range(8):
+        stopped.clear()
+        responses = feed(post, seed, cut(ids, seed), stop_words=["lazy", "fox"])
+        assert "".join(said(r)[0] for r in responses) == "the quick 世界 "
+        assert [t for r in responses for t in said(r)[1]] == ids[:used]
+        assert said(responses[-1])[2] == "stop" and stopped == [seed]  # told once
+        assert int(responses[-1]["num_output_tokens"][0]) == used
+
+
+def test_the_statistics_stay_those_of_the_stop(post, alone):
+    ids = alone.chat.encode("stop here and not later on in the text")
+    responses = feed(post, 1, [[i] for i in ids], stop_words=["here"])
+    rounds = next(n for n in range(len(ids)) if "here" in alone.text(ids[:n])) - 1
+    assert int(responses[-1]["num_rounds"][0]) == rounds
+    assert int(responses[-1]["total_draft_tokens"][0]) == 4 * rounds
+    assert responses[-1]["acceptance_rate"][0] == pytest.approx(0.25)
+
+
+def test_a_stop_word_in_the_last_round_needs_no_call(post, alone, stopped):
+    ids = alone.chat.encode("all at once")
+    (response,) = feed(post, 1, [ids], stop_words=["at"])
+    assert said(response)[0] == "all " and said(response)[2] == "stop" and stopped == []
+
+
+def test_what_looked_like_a_stop_word_is_shown_at_the_end(post, alone):
+    ids = alone.chat.encode("nearly sto")
+    responses = feed(post, 1, [[i] for i in ids], stop_words=["stop"])
+    assert "".join(said(r)[0] for r in responses) == "nearly sto"
+    assert said(responses[-1])[2] == "length"
+
+
+def test_half_a_character_at_the_end_is_one_replacement(post, alone):
+    ids = alone.chat.encode("🜁")[:-1]
+    responses = feed(post, 1, [[i] for i in ids])
+    assert "".join(said(r)[0] for r in responses) == alone.text(ids) == "\ufffd"
+
+
+def test_the_end_token_gives_no_text(post, alone):
+    responses = feed(post, 1, [alone.chat.encode("bye"), [END]], reason="stop")
+    assert [said(r)[0] for r in responses] == ["bye", ""]
+    assert said(responses[-1])[1:] == ([END], "stop")
+
+
+def test_one_response_when_not_streaming(post, alone):
+    ids = alone.chat.encode("in one piece, 世界")
+    (response,) = feed(post, 1, cut(ids, 3), stream=False)
+    assert said(response) == ("in one piece, 世界", ids, "length")
+    assert int(response["num_output_tokens"][0]) == len(ids)
+
+
+def test_heartbeats_say_nothing_but_notice_who_left(post, stopped):
+    assert post(arrays(1, 0, []), cancelled=False) is None
+    assert post(arrays(1, 1, []), cancelled=True) is None
+    assert post(arrays(1, 2, [5]), cancelled=True) is not None
+    assert stopped == [1]
+    assert said(post(arrays(1, 3, [], "cancelled"), cancelled=True))[2] == "cancelled"
+    assert post(arrays(1, 4, [5]), cancelled=False) is None  # after its end
+
+
+def test_a_round_out_of_order_is_dropped(post):
+    assert said(post(arrays(1, 0, [70]), cancelled=False))[1] == [70]
+    assert post(arrays(1, 2, [71]), cancelled=False) is None
+    assert post(arrays(9, 3, [71]), cancelled=False) is None  # nobody knows its beginning
+
+
+def test_giving_up_ends_the_request(post, stopped):
+    post(arrays(1, 0, [70]), cancelled=False)
+    assert said(post.give_up(arrays(1, 1, [71]))) == ("", [], "error")
+    assert stopped == [1]
+    assert post(arrays(1, 2, [72]), cancelled=False) is None

@@ -1,0 +1,206 @@
+"""The engine and sender threads on a real loop: order, cancellation within a round, flow control, failure, draining."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from decoding.loop import Loop
+from decoding.request import RequestError, SamplingParams
+from decoding.schedule import make
+from tests.triton.support import wait_until
+from triton_repo.service import WINDOW, Service
+
+IDS = (5, 6, 7)
+
+
+class Sink:
+    """Remembers what was sent."""
+
+    def __init__(self):
+        self.rounds, self.error, self.over = [], None, threading.Event()
+
+    def send(self, response, *, final):
+        self.rounds.append(response)
+        if final:
+            self.over.set()
+
+    def fail(self, message):
+        self.error = message
+        self.over.set()
+
+    @property
+    def ids(self):
+        return [t for r in self.rounds for t in r.output_ids.tolist()]
+
+
+class Ledger(dict):
+    """Nothing is handled unless the test says so."""
+
+    def read(self, uid):
+        return self.get(uid, 0)
+
+    def write(self, uid, rounds):
+        self[uid] = rounds
+
+
+class Spy:
+    """A loop that notes, for each step, which requests it decoded; hold() stops it between two steps."""
+
+    def __init__(self, loop):
+        self.loop, self.steps, self.gate, self.broken = loop, [], threading.Event(), None
+        self.gate.set()
+
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def step(self):
+        self.gate.wait()
+        if self.broken:
+            raise self.broken
+        outputs = self.loop.step()
+        self.steps.append({o.request_id for o in outputs if o.token_ids})
+        return outputs
+
+
+@pytest.fixture
+def spies():
+    return []
+
+
+@pytest.fixture
+def service(alone, spies):
+    services = []
+
+    def make_service(**options):
+        def make_loop():
+            spies.append(Spy(Loop(alone.engines, make("fixed"), max_requests=2)))
+            return spies[-1]
+
+        services.append(Service(make_loop, block_size=4, **options))
+        return services[-1]
+
+    yield make_service
+    for spy in spies:
+        spy.gate.set()
+    for each in services:
+        each.close()
+
+
+def params(max_tokens, **more):
+    return SamplingParams(max_tokens, ignore_eos=True, **more)
+
+
+def test_one_response_a_round_in_order(service, spies):
+    sink = Sink()
+    service().submit(IDS, params(40), sink)
+    assert sink.over.wait(60)
+    sent = [r for r in sink.rounds if len(r.output_ids)]
+    assert [r.index for r in sink.rounds] == list(range(len(sink.rounds)))
+    assert len(sink.ids) == 40 == sent[-1].num_output_tokens
+    assert [r.finish_reason for r in sink.rounds] == [""] * (len(sink.rounds) - 1) + ["length"]
+    assert sent[-1].num_rounds == sum(bool(s) for s in spies[0].steps) - 1  # the first one is prefill
+    assert sent[-1].total_draft_tokens == 4 * sent[-1].num_rounds
+
+
+def test_stop_frees_the_row_within_a_round(service, spies):
+    each = service()
+    sink, other = Sink(), Sink()
+    uid = each.submit(IDS, params(3000, speculative=False), sink)
+    each.submit(IDS, params(200, speculative=False), other)
+    wait_until(lambda: sink.ids and other.ids, "tokens of both")
+    spies[0].gate.clear()
+    steps = len(spies[0].steps) + 1  # the one that may be under way
+    each.stop(uid)
+    spies[0].gate.set()
+    assert sink.over.wait(60) and other.over.wait(60)
+    assert sink.rounds[-1].finish_reason == "cancelled"
+    assert all(uid not in step for step in spies[0].steps[steps + 1 :])
+    assert len(other.ids) == 200
+
+
+def test_stop_of_a_waiting_or_unknown_request(service):
+    each = service()
+    sinks = [Sink() for _ in range(3)]
+    uids = [each.submit(IDS, params(400, speculative=False), sink) for sink in sinks]
+    each.stop(uids[2])
+    each.stop(12345)
+    each.stop(uids[2])
+    assert all(sink.over.wait(60) for sink in sinks)
+    assert [sink.rounds[-1].finish_reason for sink in sinks] == ["length", "length", "cancelled"]
+    assert sinks[2].ids == []
+    assert each.counts() == (0, 0)
+
+
+def test_a_slow_reader_gets_everything_in_fewer_responses(service):
+    ledger, sink, direct = Ledger(), Sink(), Sink()
+    each = service(progress=ledger)
+    uid = each.submit(IDS, params(60, speculative=False), sink, settings="{}")
+    each.submit(IDS, params(60, speculative=False), direct)
+    assert direct.over.wait(60)  # without settings there is nobody behind: no limit
+    assert len(sink.rounds) == WINDOW and not sink.over.is_set()
+    assert sink.rounds[0].settings == "{}" and sink.rounds[1].settings == ""
+    ledger.write(uid, 1)
+    assert sink.over.wait(60)
+    assert len(sink.rounds) == WINDOW + 1
+    assert sink.ids == direct.ids and len(sink.ids) == 60
+    assert sink.rounds[-1].num_rounds == 59
+
+
+def test_heartbeats_while_waiting(service):
+    each, sinks = service(), [Sink() for _ in range(3)]
+    for sink in sinks:
+        each.submit(IDS, params(1200, speculative=False), sink)
+    wait_until(lambda: sinks[2].rounds, "a heartbeat")
+    assert len(sinks[2].rounds[0].output_ids) == 0 and sinks[2].rounds[0].finish_reason == ""
+    each.close()
+    assert [sink.error for sink in sinks] == ["The model is being unloaded."] * 3
+
+
+def test_a_failed_round_fails_its_requests_only(service, spies):
+    each, sink = service(), Sink()
+    spies[0].broken = RuntimeError("no memory\nleft")
+    each.submit(IDS, params(10), sink)
+    assert sink.over.wait(60)
+    assert sink.error == "The decoding round failed: RuntimeError: no memory\nleft"
+    again = Sink()
+    each.submit(IDS, params(10), again)
+    assert again.over.wait(60) and len(again.ids) == 10
+    assert len(spies) == 2  # a fresh loop
+    assert each.counts() == (0, 0)
+
+
+def test_refused_requests_do_not_count(service):
+    each, sink = service(), Sink()
+    each.submit((), params(10), sink)
+    assert sink.over.wait(60)
+    assert sink.error == "prompt is empty; it must hold at least 1 token."
+    assert each.counts() == (0, 0)
+
+
+def test_draining(service):
+    each, sink = service(), Sink()
+    each.submit(IDS, params(50), sink)
+    each.drain()
+    with pytest.raises(RequestError, match="The server is draining and takes no new requests."):
+        each.submit(IDS, params(5), Sink())
+    assert sink.over.wait(60) and len(sink.ids) == 50
+    wait_until(lambda: each.counts() == (0, 0), "the last response")
+    each.drain(False)
+    late = Sink()
+    each.submit(IDS, params(5), late)
+    assert late.over.wait(60) and len(late.ids) == 5
+
+
+def test_a_sink_that_breaks_hurts_nobody_else(service):
+    class Broken(Sink):
+        def send(self, response, *, final):
+            super().send(response, final=final)
+            raise OSError("gone")
+
+    each, broken, sink = service(), Broken(), Sink()
+    each.submit(IDS, params(20), broken)
+    each.submit(IDS, params(20), sink)
+    assert sink.over.wait(60) and broken.over.wait(60)
+    assert sink.ids == broken.ids
