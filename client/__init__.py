@@ -8,7 +8,7 @@ What an application copies, without this package:
     import numpy as np
     import tritonclient.grpc as grpc
     answers, client = queue.Queue(), grpc.InferenceServerClient("127.0.0.1:8001")
-    text = grpc.InferInput("text_input", [1], "BYTES").set_data_from_numpy(np.array(["Why is the sky blue?"], dtype=object))
+    text = grpc.InferInput("text_input", [1], "BYTES").set_data_from_numpy(np.array(["Why is the sky blue?"], object))
     stream = grpc.InferInput("stream", [1], "BOOL").set_data_from_numpy(np.array([True]))
     client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=120)
     client.async_stream_infer("ensemble", [text, stream])

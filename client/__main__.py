@@ -58,7 +58,8 @@ def statistics(chunk: Chunk | None) -> str:
     if chunk.total_draft_tokens:
         accepted = f"{chunk.total_accepted_draft_tokens} of {chunk.total_draft_tokens} draft tokens accepted"
         length = 1 + chunk.total_accepted_draft_tokens / chunk.num_rounds
-        parts += [f"{chunk.num_rounds} rounds", f"{accepted} ({chunk.acceptance_rate:.0%})", f"{length:.2f} tokens a round"]
+        accepted += f" ({chunk.acceptance_rate:.0%})"
+        parts += [f"{chunk.num_rounds} rounds", accepted, f"{length:.2f} tokens a round"]
     return " | ".join(parts)
 
 

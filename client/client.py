@@ -43,8 +43,8 @@ class ClientError(RuntimeError):
 class Chunk:
     """What one response holds: new text and ids; the totals run from the request's start.
 
-    finish_reason is "" until the last chunk: stop, length or cancelled. accepted_per_position[k]: verify rounds in which
-    draft token k was accepted; total_draft_tokens: draft tokens that the target verified.
+    finish_reason is "" until the last chunk: stop, length or cancelled. accepted_per_position[k]: verify rounds in
+    which draft token k was accepted; total_draft_tokens: draft tokens that the target verified.
     """
 
     text: str
@@ -85,8 +85,8 @@ class Client:
         self.url, self.timeout, self.stall = url, timeout, stall
 
     def stream(self, prompt: Prompt, **parameters: Any) -> "Stream":
-        """Sends a request; iterate for its chunks. prompt: text (the chat template is applied, unless raw=True), a list of
-        {"role", "content"} messages, or a list of token ids. parameters: those of PARAMETERS."""
+        """Sends a request; iterate for its chunks. prompt: text (the chat template is applied, unless raw=True), a list
+        of {"role", "content"} messages, or a list of token ids. parameters: those of PARAMETERS."""
         return Stream(self, _inputs(prompt, parameters, stream=True))
 
     def generate(self, prompt: Prompt, **parameters: Any) -> Chunk:
@@ -159,7 +159,8 @@ class Stream(Iterator[Chunk]):
             return self._answers.get(timeout=min(bounds) if bounds else None)
         except queue.Empty:
             self.close()
-            what = f"{self._client.stall:g} s without a response" if min(bounds) != left else f"{self._client.timeout:g} s"
+            stalled = min(bounds) != left
+            what = f"{self._client.stall:g} s without a response" if stalled else f"{self._client.timeout:g} s"
             raise ClientError(f"The server at {self._client.url} did not finish: gave up after {what}.") from None
 
     def _sentence(self, error: InferenceServerException) -> str:

@@ -1,0 +1,1 @@
+"""PyTorch checkpoints -> ONNX graphs, checked against PyTorch -> a bundle. Start at __main__.py."""

@@ -19,6 +19,7 @@ from .graph import Graph
 from .heads import build_confidence, build_markov
 from .lower_onnxruntime import lower
 from .parity import check_parity
+from .quantize import quantize
 from .target import build_target
 from .verify import build_verify
 
@@ -43,8 +44,6 @@ def build_graphs(target, draft, *, dtype: str, max_context: int) -> list[Graph]:
     ]
     for graph in graphs:
         if dtype == "int8":
-            from .quantize import quantize
-
             quantize(graph)
         lower(graph)
     return graphs

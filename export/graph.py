@@ -40,7 +40,7 @@ class Graph:
     """One engine's graph under construction.
 
     `weights` maps an initializer's name to its array; `sources` maps it to the checkpoint tensors it was made of;
-    `quantizable` names the MatMul weights that the int8 pass may replace.
+    `quantizable` names the MatMul weights that the int8 pass replaces, with the terms (1 or 2) that their activations get.
     """
 
     def __init__(self, name: str):
@@ -48,7 +48,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
-        self.quantizable: set[str] = set()
+        self.quantizable: dict[str, int] = {}
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self._constants: dict[tuple, str] = {}

@@ -178,7 +178,7 @@ def build_confidence(model: DraftModel) -> Graph:
         x = hidden
         if c.confidence_head_with_markov:
             x = g.op("Concat", hidden, g.input("markov_embeddings", "float32", ("R", c.block_size, c.markov_rank)), axis=-1)
-        logits = w.linear(x, "confidence_head.proj", quantizable=False)
+        logits = w.linear(x, "confidence_head.proj", terms=0)
         g.op("Squeeze", logits, g.const([2]), out="confidence_logits")
     g.output("confidence_logits", "float32", ("R", c.block_size))
     g.prune()

@@ -1,1 +1,1 @@
-"""The Triton model repository and the launcher of an embedded server: `TritonServer(bundle)`, `python -m triton_repo`."""
+"""The Triton model repository and an embedded server: `server.TritonServer(bundle)`, `python -m triton_repo serve`."""

@@ -65,7 +65,8 @@ def serve(
             with server:
                 for number in (signal.SIGINT, signal.SIGTERM):  # from now on: end watch(), then drain
                     signal.signal(number, lambda *_: server.close())
-                print(f"gRPC {server.grpc_url}   HTTP {server.http_url}   metrics {server.metrics_url}/metrics   log {server.log}")
+                print(f"gRPC {server.grpc_url}   HTTP {server.http_url}   metrics {server.metrics_url}/metrics")
+                print(f"log {server.log}")
                 print(f'Try: python -m client "Hello" --stream --url {server.grpc_url}      Ctrl-C stops.', flush=True)
                 server.watch(every=probe_every, timeout=probe_timeout)
                 print("Stopping: running requests finish first.", flush=True)

@@ -25,8 +25,8 @@ class Silence(ServerError):
 def call(url: str, model: str, arrays: dict[str, np.ndarray], timeout: float) -> dict[str, np.ndarray]:
     """The first response of `model` to one request on a stream of its own.
 
-    Raises ServerError when it answers with an error, Silence when it does not within `timeout` seconds (a dead stub lets
-    callers hang).
+    Raises ServerError when it answers with an error, Silence when it does not within `timeout` seconds (a dead stub
+    lets callers hang).
     """
     inputs = []
     for name, array in arrays.items():
@@ -62,8 +62,8 @@ def counts(url: str, timeout: float = 5.0) -> tuple[int, int]:
 
 
 def probe(url: str, timeout: float = 30.0) -> None:
-    """One token through preprocessing, dspark and postprocessing: the only sign that all stubs live (the ready endpoints
-    say 200 when one is dead). Raises ServerError."""
+    """One token through preprocessing, dspark and postprocessing: the only sign that all stubs live (the ready
+    endpoints say 200 when one is dead). Raises ServerError."""
     request = {
         "input_ids": np.zeros(1, np.int32),
         "max_tokens": np.ones(1, np.int32),

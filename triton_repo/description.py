@@ -26,7 +26,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the repository. `control` inputs are for BLS calls and the launcher: the ensemble never wires them."""
+    """One model of the repository. `control` inputs are for BLS calls and the launcher: never wired by the ensemble."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -130,7 +130,7 @@ def wire(chain: tuple[Model, ...] = CHAIN, users: tuple[Tensor, ...] = USER_INPU
         inputs = {}
         for t in model.inputs:
             if t.name not in made:
-                raise ValueError(f"{model.name} needs the tensor {t.name!r}, which no earlier step of the ensemble makes.")
+                raise ValueError(f"{model.name} needs the tensor {t.name!r}, which no earlier step makes.")
             wire_name, source = made[t.name]
             if source.dtype != t.dtype:
                 raise ValueError(f"{model.name} reads {t.name!r} as {t.dtype}, but it is made as {source.dtype}.")

@@ -13,8 +13,13 @@ from .repository import Settings
 from .service import Observer, Service
 
 
-def open_service(bundle: Path, settings: Settings, make_observer: Callable[[int], Observer], server_pid: int) -> Service:
-    """make_observer(block_size); server_pid names the ledger that postprocessing writes. Raises BundleError, in one sentence, for a bundle that does not fit."""
+def open_service(
+    bundle: Path, settings: Settings, make_observer: Callable[[int], Observer], server_pid: int
+) -> Service:
+    """make_observer(block_size) is told what rounds do; server_pid names the ledger that postprocessing writes.
+
+    Raises BundleError, in one sentence, for a bundle that does not fit.
+    """
     from decoding.loop import Loop
     from decoding.schedule import make
     from engines import load
@@ -32,4 +37,5 @@ def open_service(bundle: Path, settings: Settings, make_observer: Callable[[int]
         engines.close()
         ledger.close()
 
-    return Service(make_loop, block_size=block_size, observer=make_observer(block_size), progress=ledger, on_close=close)
+    observer = make_observer(block_size)
+    return Service(make_loop, block_size=block_size, observer=observer, progress=ledger, on_close=close)

@@ -2,9 +2,9 @@
 
 Knows: a count per request. Refuses to know: what a round holds, Triton.
 
-Why: nothing in Triton slows a decoupled model down when the next step of the ensemble is slower. Without this, rounds pile
-up in front of postprocessing, and with them the time until a cancelled request is noticed. Both models are processes of
-one server, so the file is named after their parent.
+Why: nothing in Triton slows a decoupled model down when the next step of the ensemble is slower. Without this, rounds
+pile up in front of postprocessing, and with them the time until a cancelled request is noticed. Both models are
+processes of one server, so the file is named after their parent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def ledger_file(server_pid: int) -> Path:
 
 
 class Ledger:
-    """Counts of handled rounds by uid. dspark makes the file, postprocessing opens it; both hold it open until the end."""
+    """Counts of handled rounds by uid. dspark makes the file, postprocessing opens it; both keep it mapped."""
 
     def __init__(self, file: Path, *, make: bool):
         self._file = file if make else None

@@ -37,7 +37,8 @@ class Metrics:
         self._seconds = make(
             family.HISTOGRAM, "dspark_round_seconds", "Duration of a decoding round", buckets=list(ROUND_BUCKETS)
         )
-        self._counts = {metric: 0 for metric in (self._drafts, self._drafted, self._emitted, self._rounds, *self._accepted)}
+        counters = (self._drafts, self._drafted, self._emitted, self._rounds, *self._accepted)
+        self._counts = {counter: 0 for counter in counters}
         self._durations: list[float] = []
         self._gauges, self._shown = (0, 0), (0, 0)
         self._flushed = 0.0

@@ -1,6 +1,6 @@
 """Text of each round: incremental detokenisation, stop words, and what the client is told.
 
-Knows: the state of every stream's text (by the engine's uid) and the public outputs. Refuses to know: Triton, decoding rounds.
+Knows: the state of every stream's text (by the engine's uid) and public outputs. Refuses to know: Triton, the round.
 
 Rounds of one request must arrive in order (one instance of the model, no batching).
 """
@@ -38,7 +38,13 @@ class _Stream:
     stopping: bool = False
 
 
-COUNTS = ("num_input_tokens", "num_rounds", "total_draft_tokens", "total_accepted_draft_tokens", "accepted_per_position")
+COUNTS = (
+    "num_input_tokens",
+    "num_rounds",
+    "total_draft_tokens",
+    "total_accepted_draft_tokens",
+    "accepted_per_position",
+)
 
 
 class Postprocessor:

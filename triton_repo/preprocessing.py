@@ -56,7 +56,7 @@ class Preprocessor:
         given = [name for name in PROMPTS if name in arrays]
         if len(given) != 1:
             what = " and ".join(given) if given else "none"
-            raise RequestError(f"The request has {what} of text_input, messages and input_ids; it must have exactly one.")
+            raise RequestError(f"The request has {what} of text_input, messages, input_ids; it must have exactly one.")
         field, raw = given[0], bool(_scalar(arrays, "raw", False))
         if raw and field != "text_input":
             raise RequestError(f"raw is true; it goes with text_input only, and the request has {field}.")
@@ -96,12 +96,13 @@ class Preprocessor:
         )
 
     def _stop_words(self, arrays: dict[str, np.ndarray]) -> list[str]:
-        words = [_text(word, f"stop_words[{i}]") for i, word in enumerate(arrays.get("stop_words", np.array([])).reshape(-1))]
+        raw = arrays.get("stop_words", np.array([])).reshape(-1)
+        words = [_text(word, f"stop_words[{i}]") for i, word in enumerate(raw)]
         if len(words) > MAX_STOP_WORDS:
             raise RequestError(f"stop_words has {len(words)} words; it must have at most {MAX_STOP_WORDS}.")
         for i, word in enumerate(words):
             if not 1 <= len(word) <= MAX_STOP_LENGTH:
-                raise RequestError(f"stop_words[{i}] is {len(word)} characters long; it must have 1..{MAX_STOP_LENGTH}.")
+                raise RequestError(f"stop_words[{i}] is {len(word)} characters long; it must be 1..{MAX_STOP_LENGTH}.")
         if words and self.tokenizer is None:
             raise RequestError("stop_words need a tokenizer and this bundle has none.")
         return words

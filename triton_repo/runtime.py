@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +33,23 @@ class Wheel:
     @classmethod
     def find(cls) -> "Wheel":
         """Raises ServerError when the wheel, the stub or libpython of this Python is missing."""
-        spec = importlib.util.find_spec("pytriton")  # found, never imported: its import starts threads and costs seconds
+        spec = importlib.util.find_spec("pytriton")  # found, never imported: that starts threads and costs seconds
         if spec is None or spec.origin is None:
-            raise ServerError("The embedded server needs the wheel nvidia-pytriton in this environment: pip install nvidia-pytriton.")
+            raise ServerError("The embedded server needs the wheel nvidia-pytriton: pip install nvidia-pytriton.")
         site = Path(spec.origin).parents[1]
         root, version = site / "pytriton" / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
         stubs = root / "python_backend_stubs"
         have = sorted((p.name for p in stubs.glob("3.*")), key=lambda v: int(v.split(".")[1]))
         if version not in have:
-            raise ServerError(f"This is Python {version}; the wheel nvidia-pytriton has stubs for Python {', '.join(have) or '(none)'}.")
+            known = ", ".join(have) or "(none)"
+            raise ServerError(f"This is Python {version}; the wheel nvidia-pytriton has stubs for Python {known}.")
         libdir = Path(sysconfig.get_config_var("LIBDIR") or "")
         multiarch = sysconfig.get_config_var("MULTIARCH")
         name = f"libpython{version}.so.1.0"
         places = [libdir, *([libdir / multiarch] if multiarch else [])]
         libpython = next((p / name for p in places if (p / name).is_file()), None)
         if libpython is None:
-            raise ServerError(f"{name} is not in {libdir}; the python backend needs a Python built with a shared library.")
+            raise ServerError(f"{name} is not in {libdir}; the python backend needs a Python with a shared library.")
         return cls(
             root / "bin" / "tritonserver",
             root / "backends" / "python",
@@ -140,6 +142,23 @@ def command(wheel: Wheel, backends: Path, repository: Path, address: str, ports:
         "--exit-timeout-secs=10",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
     ]
+
+
+# Runs a command that gets SIGTERM when the thread that started it dies (prctl PR_SET_PDEATHSIG): a launcher that is
+# killed leaves no server behind. argv: the launcher's process id, the command.
+LEASH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def leashed(line: list[str]) -> list[str]:
+    """The command `line`, ended with this process. Only for the main thread: another one may end before the process."""
+    if threading.current_thread() is not threading.main_thread():
+        return line
+    return [sys.executable, "-I", "-S", "-c", LEASH, str(os.getpid()), *line]
 
 
 def shm_files(prefix: str) -> list[Path]:

@@ -23,7 +23,7 @@ from engines import Bundle, BundleError
 from . import control
 from .ledger import ledger_file
 from .repository import Settings, build
-from .runtime import Ports, ServerError, Wheel, assemble_backend, command, environment, shm_files
+from .runtime import Ports, ServerError, Wheel, assemble_backend, command, environment, leashed, shm_files
 
 EXIT_SECONDS = 15.0  # tritonserver's own bound (--exit-timeout-secs) is 10; it may miss it and exit with 1
 SERVED = 'nv_inference_request_success{model="postprocessing",version="1"}'
@@ -71,7 +71,7 @@ class TritonServer:
 
     @property
     def folder(self) -> Path:
-        return self.build_dir / "triton" / f"{self.bundle.name}-{self.ports.grpc}"
+        return self.build_dir / "triton" / f"{self.bundle.resolve().name}-{self.ports.grpc}"
 
     @property
     def log(self) -> Path:
@@ -91,6 +91,7 @@ class TritonServer:
             raise ServerError(str(error)) from None
         wheel = Wheel.find()
         _check_installed()
+        self._closing.clear()
         self.ports = self._wanted.resolve(self.address)
         backends = assemble_backend(wheel, self.build_dir / "runtime")
         repository = build(self.bundle, self.folder / "repo", self.settings)
@@ -103,7 +104,7 @@ class TritonServer:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C reaches the launcher, which drains first.
             self.process = subprocess.Popen(
-                self._line,
+                leashed(self._line),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -242,6 +243,7 @@ def _check_installed() -> None:
 def _reason(log: Path) -> str:
     """Why the server did not start: the sentence of the model that failed, or the last line of the log."""
     text = log.read_text(errors="replace")
-    found = re.search(r"failed to load '\w+' version \d+: \w+: (.+?)(?:\\n|$)", text, re.M)  # the log escapes line breaks
+    # The log escapes line breaks.
+    found = re.search(r"failed to load '\w+' version \d+: \w+: (.+?)(?:\\n|$)", text, re.M)
     lines = [found[1]] if found else [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().strip('";') if lines else "it left no log"

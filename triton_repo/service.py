@@ -1,4 +1,4 @@
-"""Requests in, one response per request and round out: the engine thread that decodes and the sender thread that answers.
+"""Requests in, a response per request and round out: the engine thread decodes, the sender thread answers.
 
 Knows: the decoding loop's interface (only the engine thread touches it) and the bookkeeping of a response. Refuses to
 know: Triton (a Sink sends), text (postprocessing), what a round does (decoding).
@@ -94,8 +94,8 @@ class Service:
     """Runs a loop until closed. Threads start at once. A request without settings is answered round by round.
 
     make_loop() -> decoding Loop; called again after a round failed, since the failed loop's state is unknown.
-    block_size: G of the draft. progress: for requests that go on to postprocessing, those with settings; they keep at most
-    WINDOW rounds under way. on_close: called by close() when both threads have ended.
+    block_size: G of the draft. progress: for requests that go on to postprocessing (those with settings); they keep at
+    most WINDOW rounds under way. on_close: called by close() when both threads have ended.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class Service:
             self._forget(uid)
 
     def _heartbeat(self, tallies: dict[int, _Tally]) -> None:
-        """An empty response to requests that wait or prefill: a cancelled one is only noticed on a response's way out."""
+        """An empty response to requests that wait or prefill: who left is only noticed on a response's way out."""
         now, pause = time.monotonic(), HEARTBEAT_SECONDS * max(1, len(tallies) / 16)
         for uid, tally in tallies.items():
             if now - tally.heard >= pause and not self._under_way(uid, tally):

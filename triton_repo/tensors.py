@@ -1,6 +1,6 @@
 """Arrays at the border: reading a request's tensors, and the arrays of each response.
 
-Knows: numpy and the tensor names of description.py. Refuses to know: what a value means, and Triton (pb_utils is handed in).
+Knows: numpy and the tensor names of description.py. Refuses to know: what a value means; Triton (pb_utils comes in).
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def stop_arrays(uid: int) -> dict[str, np.ndarray]:
 
 
 def engine_request(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], SamplingParams]:
-    """dspark's request: the prompt's token ids and how to decode. Raises RequestError for a request without input_ids."""
+    """dspark's request: the prompt's token ids and how to decode. Raises RequestError when there is no input_ids."""
     if "input_ids" not in arrays:
         raise RequestError("input_ids is missing; dspark takes token ids (text goes to the ensemble).")
     scalars = {name: arrays[name].reshape(-1)[0].item() for name in PARAMS if name in arrays}
-    return tuple(arrays["input_ids"].reshape(-1).tolist()), SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **scalars})
+    scalars.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    return tuple(arrays["input_ids"].reshape(-1).tolist()), SamplingParams(**scalars)

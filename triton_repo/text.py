@@ -23,7 +23,7 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
 
 
 class TextStream:
-    """`push(ids)` -> (text that may be shown, number of ids used); after a stop word nothing is used or shown any more."""
+    """`push(ids)` -> (text that may be shown, number of ids used); after a stop word nothing is used or shown."""
 
     def __init__(self, vocabulary: Vocabulary | None, stop_words: Sequence[str]):
         self._decoder = detokenizer(vocabulary) if vocabulary else None

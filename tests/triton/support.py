@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -29,7 +30,14 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = 2
 CONTEXT = 4096
 SLOTS = 4
-LINES = ("你好，世界。", "日本語のテキスト", "🙂🚀👩‍👩‍👧 emoji", "Привет, мир", "naïve café", "the quick brown fox jumps over the lazy dog")
+LINES = (
+    "你好，世界。",
+    "日本語のテキスト",
+    "🙂🚀👩‍👩‍👧 emoji",
+    "Привет, мир",
+    "naïve café",
+    "the quick brown fox jumps over the lazy dog",
+)
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('the role ' + m['role'] + ' is not known') }}{% endif %}"
@@ -59,6 +67,7 @@ def make_tokenizer(folder: Path, size: int) -> int:
 
 def make_bundle(folder: Path) -> Path:
     """folder/tiny: a random Llama whose tokens are pieces of UTF-8, so that its text splits characters all the time."""
+    torch.set_num_threads(1)
     made = folder / "tokenizer"
     made.mkdir(parents=True)
     vocab = make_tokenizer(made, 352)

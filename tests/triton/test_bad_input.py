@@ -35,7 +35,7 @@ def f32(value: float) -> np.ndarray:
 
 # what is sent -> a part of the sentence that comes back
 REFUSED = {
-    "no prompt": ({}, "has none of text_input, messages and input_ids; it must have exactly one"),
+    "no prompt": ({}, "has none of text_input, messages, input_ids; it must have exactly one"),
     "two prompts": ({**TEXT, "input_ids": int32(5)}, "has text_input and input_ids of"),
     "empty text": (text(b""), "text_input is empty; it must hold at least 1 character"),
     "empty raw text": ({**text(b""), "raw": np.array([True])}, "text_input is empty"),

@@ -10,6 +10,22 @@ from triton_repo import metrics as module
 from triton_repo.metrics import Metrics
 
 
+class Metric:
+    """Stands for one metric of the server: each call is a message to it."""
+
+    def __init__(self):
+        self.value, self.calls, self.seen = 0, 0, []
+
+    def increment(self, n):
+        self.value, self.calls = self.value + n, self.calls + 1
+
+    def set(self, n):
+        self.value, self.calls = n, self.calls + 1
+
+    def observe(self, seconds):
+        self.seen.append(seconds)
+
+
 class Family:
     """Stands for the python backend's MetricFamily."""
 
@@ -17,16 +33,11 @@ class Family:
     made: dict = {}
 
     def __init__(self, name, description, kind):
-        assert description
-        self.name, self.kind = name, kind
+        assert description and kind
+        self.name = name
 
     def Metric(self, labels, buckets=None):
-        metric = SimpleNamespace(kind=self.kind, value=0, seen=[], calls=0)
-        metric.increment = lambda n: (setattr(metric, "value", metric.value + n), setattr(metric, "calls", metric.calls + 1))
-        metric.set = lambda n: (setattr(metric, "value", n), setattr(metric, "calls", metric.calls + 1))
-        metric.observe = metric.seen.append
-        Family.made[(self.name, *labels.values())] = metric
-        return metric
+        return Family.made.setdefault((self.name, *labels.values()), Metric())
 
 
 @pytest.fixture

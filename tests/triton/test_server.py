@@ -15,7 +15,7 @@ import pytest
 
 from client import Client, ClientError
 from tests.triton.support import tiny_server, wait_until
-from triton_repo import runtime
+from triton_repo import control, runtime
 from triton_repo.ledger import ledger_file
 from triton_repo.runtime import Ports, ServerError, Wheel, shm_files
 from triton_repo.server import TritonServer
@@ -128,6 +128,24 @@ def test_command_line(bundle, tmp_path):
         rest = process.stdout.read()
         assert process.wait(60) == 0
     assert "Stopping" in rest
+
+
+def test_a_killed_launcher_takes_its_server_along(bundle, tmp_path):
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1"]
+    line = [sys.executable, "-m", "triton_repo", "serve", "--bundle", str(bundle), *ports]
+    launcher = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    url = launcher.stdout.readline().split()[1]
+    assert control.counts(url, timeout=60) == (0, 0)
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    wait_until(lambda: not listens(url), "the server's end")
+
+
+def listens(url: str) -> bool:
+    host, port = url.split(":")
+    with socket.socket() as s:
+        return s.connect_ex((host, int(port))) == 0
 
 
 def test_wheel_is_missing(monkeypatch):

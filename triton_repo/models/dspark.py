@@ -1,7 +1,7 @@
 """Triton model `dspark` (decoupled): one response per request and decoding round (triton_repo/service.py).
 
-Besides requests it takes control calls, told by their input: `stop` + `uid` cancels a request, `drain` refuses new ones;
-both answer with the number of requests that are active and waiting.
+Besides requests it takes control calls, told by their input: `stop` + `uid` cancels a request, `drain` refuses new
+ones; both answer with the number of requests that are active and waiting.
 """
 
 import json
@@ -24,7 +24,8 @@ class Sink:
 
     def send(self, response, *, final):
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        self.sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, round_arrays(response))), flags=flags)
+        tensors = write(pb_utils, round_arrays(response))
+        self.sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
 
     def fail(self, message):
         error = pb_utils.TritonError(sentence(message), pb_utils.TritonError.INVALID_ARG)
@@ -37,7 +38,8 @@ class TritonPythonModel:
         values = {name: entry["string_value"] for name, entry in config["parameters"].items()}
         self.names = [t["name"] for t in config["input"]]
         bundle = bundle_folder(args["model_repository"], values["bundle"])
-        self.service = open_service(bundle, Settings.from_parameters(values), lambda size: Metrics(pb_utils, size), os.getppid())
+        settings = Settings.from_parameters(values)
+        self.service = open_service(bundle, settings, lambda size: Metrics(pb_utils, size), os.getppid())
 
     def execute(self, requests):
         for request in requests:

@@ -1,4 +1,4 @@
-"""Triton model `preprocessing`: user's tensors in, token ids and checked parameters out (triton_repo/preprocessing.py)."""
+"""Triton model `preprocessing`: user's tensors in, ids and checked parameters out (triton_repo/preprocessing.py)."""
 
 import json
 import traceback
