@@ -7,8 +7,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3.11
 VENV ?= .venv
 MODEL := build/models/smollm2-135m-instruct
+HEAD := training/heads/smollm2-135m-instruct
 TARGET ?= $(MODEL)
-DRAFT ?= training/heads/smollm2-135m-instruct
+DRAFT ?= $(HEAD)
 DTYPE ?= int8
 BUNDLE ?= build/bundles/$(NAME)-$(DTYPE)
 PROMPTS ?=
@@ -17,10 +18,10 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 TORCH_INDEX ?=
 NAME := $(notdir $(patsubst %/,%,$(TARGET)))
-DATA ?= build/data/$(NAME)
+DATA ?= $(if $(PROMPTS),build/data/$(NAME),$(if $(filter $(MODEL),$(TARGET)),$(HEAD)/data,build/data/$(NAME)))
 RUN ?= build/runs/$(NAME)
 GENERATE ?= --count 3600 --seed 1
-TRAIN ?= --minutes 75 --seed 1
+TRAIN ?= $(if $(filter $(MODEL),$(TARGET)),$(shell cat $(HEAD)/recipe.txt 2>/dev/null),--minutes 60 --seed 1)
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -28,7 +29,7 @@ STAMP := $(VENV)/.installed
 NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve train bench acceptance equality clean
+.PHONY: help venv model demo test export serve data train bench acceptance equality clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -77,8 +78,11 @@ serve: $(NEEDS) ## serve BUNDLE on a real Triton server until Ctrl-C
 	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
 	@$(PY) -m triton_repo serve --bundle $(BUNDLE) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
 
-train: $(NEEDS) ## make the head again: answers of TARGET into DATA, then the head into RUN/latest (hours)
-	@$(PY) -m training generate --target $(TARGET) --out $(DATA) $(GENERATE) $(if $(PROMPTS),--prompts $(PROMPTS))
+data: $(NEEDS) ## answers of TARGET to the repository's prompts (or PROMPTS) into build/data (an hour or more; resumes)
+	@$(PY) -m training generate --target $(TARGET) --out $(if $(filter $(HEAD)/%,$(DATA)),build/data/$(NAME),$(DATA)) $(GENERATE) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+train: $(NEEDS) ## a head from DATA into RUN/latest; by default the shipped one again, from its shipped data and seed (an hour or more)
+	@ls $(DATA)/shard-*.safetensors >/dev/null 2>&1 || $(MAKE) data
 	@$(PY) -m training train --target $(TARGET) --data $(DATA) --out $(RUN) $(TRAIN) $(ARGS)
 
 bench: $(NEEDS) ## throughput and latency, in process and over gRPC (2 to 3 minutes; ARGS=--full for more)

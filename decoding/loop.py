@@ -82,8 +82,7 @@ class Loop:
         self.max_requests, self.token_budget = max_requests, token_budget
         bundle = engines.bundle
         self.G, self.V_d, self.max_context = bundle.draft.block_size, bundle.draft.vocab_size, bundle.max_context
-        # A block is never clipped near the end, so a last verify pass may reach G positions past the last token.
-        self.limits = Limits(context=self.max_context - self.G, vocab_size=bundle.target.vocab_size)
+        self.limits = Limits.of(bundle)
         self.metrics = Metrics(self.G)
         temperatures = bundle.confidence_temperatures or (1.0,) * self.G
         self._confidence_temperatures = np.array(temperatures, np.float32)

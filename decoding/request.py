@@ -12,6 +12,8 @@ from typing import Hashable
 import numpy as np
 from numpy import ndarray
 
+from engines.bundle import Bundle
+
 from .random import PURPOSES, uniforms
 
 MAX_TEMPERATURE = 100.0
@@ -50,6 +52,11 @@ class Limits:
 
     context: int
     vocab_size: int
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Limits:
+        """A block is never clipped near the end, so a request's last verify pass may reach G positions past its last token."""
+        return cls(context=bundle.max_context - bundle.draft.block_size, vocab_size=bundle.target.vocab_size)
 
 
 def validate(request: Request, limits: Limits) -> None:

@@ -75,7 +75,7 @@ def train(
     head: Annotated[str, typer.Option(help="vanilla, gated or rnn")] = "vanilla",
     layer_ids: Annotated[str, typer.Option(help="target layers read, with commas; default: five spread out")] = "",
     mask_token_id: Annotated[int, typer.Option(help="an unused token of the target's vocabulary")] = 16,
-    draft_vocab: Annotated[int, typer.Option(help="most frequent answer tokens kept; 0 keeps all")] = 6144,
+    draft_vocab: Annotated[int, typer.Option(help="most frequent answer tokens kept; 0 keeps all")] = 8192,
     lr: float = 1e-3,
     tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
     anchor_share: Annotated[float, typer.Option(help="share of answer positions that start a block")] = 0.5,

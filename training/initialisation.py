@@ -28,7 +28,7 @@ class HeadShape:
     rank: int = 64
     head: str = "vanilla"
     mask_token_id: int = 16
-    draft_vocab: int = 6144
+    draft_vocab: int = 8192
     layer_ids: tuple[int, ...] | None = None
 
 

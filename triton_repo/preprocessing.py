@@ -30,9 +30,7 @@ class Preprocessor:
     def __init__(self, folder: Path):
         self.bundle = Bundle.load(folder, check_hashes=False)
         self.tokenizer = ChatTokenizer(folder) if self.bundle.tokenizer_file else None
-        # As in the loop: a request's last block may reach G positions past its last token.
-        context = self.bundle.max_context - self.bundle.draft.block_size
-        self.limits = Limits(context=context, vocab_size=self.bundle.target.vocab_size)
+        self.limits = Limits.of(self.bundle)
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Tensors by name -> those of description.PREPROCESSING.outputs. Raises RequestError, in one sentence."""
