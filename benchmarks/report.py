@@ -81,6 +81,28 @@ def closing_line(log: str) -> str:
     return f"```text\n$ make test\n{found[-1].strip('= ')}\n```"
 
 
+def training_section(log: str) -> str:
+    """What a training run did, from its log: the last line, and what its held-out slice said on the way."""
+    lines = [json.loads(line) for line in log.splitlines()]
+    last, checked = lines[-1], [line for line in lines if line.get("held_out")]
+    said = (
+        f"{last['step']:,} steps, {last['blocks']:,} blocks ({last['tokens']:,} answer tokens seen, repetitions counted; "
+        f"{last['batches']} batches in the last epoch), {last['seconds'] / 60:.0f} minutes on 2 shared cores. On the held-out slice of "
+        "the own prompts (expected acceptance length at temperature 1, and teacher-forced greedy):"
+    )
+    chosen = checked[:: max(1, len(checked) // 6)]
+    if checked and chosen[-1] is not checked[-1]:
+        chosen.append(checked[-1])
+    columns = (
+        ("step", lambda r: f"{r['step']:,}"),
+        ("blocks", lambda r: f"{r['blocks']:,}"),
+        ("L1", lambda r: f"{r['held_out']['l1']:.3f}"),
+        ("tau, temperature 1", lambda r: f"{r['held_out']['tau']:.2f}"),
+        ("tau, greedy", lambda r: f"{r['held_out']['greedy_tau']:.2f}"),
+    )
+    return f"{said}\n\n{markdown_table(columns, chosen)}"
+
+
 def from_json(make):
     return lambda raw: make(json.loads(raw))
 
@@ -93,6 +115,10 @@ SECTIONS = {  # page: {section: (result file, text -> section)}
         "equality": ("equality.json", from_json(equality_section)),
     },
     "README.md": {"demo": ("demo.txt", demo_output), "test": ("ci.log", closing_line)},
+    "training/heads/smollm2-135m-instruct/README.md": {
+        "training": ("heads/smollm2/log.jsonl", training_section),
+        "acceptance": ("acceptance.json", from_json(acceptance_section)),
+    },
 }
 
 
@@ -104,6 +130,8 @@ def main(
     """Fills the sections that there are results for, and says which."""
     for page, sections in SECTIONS.items():
         path = root / page
+        if not path.is_file():
+            continue
         text = path.read_text(encoding="utf-8")
         for name, (file, make) in sections.items():
             if (build / file).is_file():

@@ -99,6 +99,8 @@ class DecoderConfig:
             raise ValueError(f"model_type is {model_type!r}; this version reads {', '.join(SUPPORTED_MODEL_TYPES)}.")
         if raw.get("use_sliding_window"):
             raise ValueError("use_sliding_window is true; sliding-window attention is not supported.")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act is {raw['hidden_act']!r}; this version computes 'silu'.")
         heads = int(raw["num_attention_heads"])
         return cls(
             vocab_size=int(raw["vocab_size"]),
