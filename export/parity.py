@@ -26,7 +26,7 @@ from .graph import Graph
 from .reference import verify_reference
 
 MASKED = np.float32(-1e30)
-FP32_COSINE, FP32_RELATIVE, INT8_COSINE, INT8_NORM = 0.99999, 1e-3, 0.99, 0.1
+FP32_COSINE, FP32_RELATIVE, INT8_COSINE, INT8_NORM = 0.99999, 1e-3, 0.99, 0.05
 SPLITS = ((19, 7), (5, 11), (30, 3))  # tokens of each request in the first and the second step
 TABLE_WIDTH = 124
 TEXT = (
