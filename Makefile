@@ -13,6 +13,7 @@ DRAFT ?= $(HEAD)
 DTYPE ?= int8
 BUNDLE ?= build/bundles/$(NAME)-$(DTYPE)
 PROMPTS ?=
+QUICK ?=
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
@@ -21,6 +22,8 @@ NAME := $(notdir $(patsubst %/,%,$(TARGET)))
 DATA ?= $(if $(PROMPTS),build/data/$(NAME),$(if $(filter $(MODEL),$(TARGET)),$(HEAD)/data,build/data/$(NAME)))
 RUN ?= build/runs/$(NAME)
 GENERATE ?= --count 3600 --seed 1
+CALIBRATION ?= build/calibration
+MINUTES ?= 3.5
 TRAIN ?= $(if $(filter $(MODEL),$(TARGET)),$(shell cat $(HEAD)/recipe.txt 2>/dev/null),--minutes 60 --seed 1)
 ARGS ?=
 
@@ -29,7 +32,7 @@ STAMP := $(VENV)/.installed
 NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve data train bench acceptance equality clean
+.PHONY: help venv model demo test export serve data train profile calibrate bench acceptance equality peers clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -42,9 +45,11 @@ help: ## list the targets and the variables
 	@echo "  DTYPE=$(DTYPE)                  fp32 or int8"
 	@echo "  BUNDLE=$(BUNDLE)"
 	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"
+	@echo "  QUICK=1                     a small grid of make bench"
 	@echo "  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT)   of make serve, on 127.0.0.1"
 	@echo "  DATA=$(DATA) RUN=$(RUN)   of make train"
 	@echo "  GENERATE='$(GENERATE)' TRAIN='$(TRAIN)'   its recipe"
+	@echo "  CALIBRATION=$(CALIBRATION) MINUTES=$(MINUTES)   of make calibrate: where its files go, how long it records at most"
 	@echo "  ARGS=                       passed on to the target's command"
 
 venv: $(STAMP) ## make .venv and install the pinned dependencies
@@ -85,14 +90,33 @@ train: $(NEEDS) ## a head from DATA into RUN/latest; by default the shipped one 
 	@ls $(DATA)/shard-*.safetensors >/dev/null 2>&1 || $(MAKE) data
 	@$(PY) -m training train --target $(TARGET) --data $(DATA) --out $(RUN) $(TRAIN) $(ARGS)
 
-bench: $(NEEDS) ## throughput and latency, in process and over gRPC (2 to 3 minutes; ARGS=--full for more)
-	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+profile: $(NEEDS) ## what a step of BUNDLE costs on this machine, stored in it for the schedulers (4 minutes; ARGS=--quick: half a minute)
+	@test -f $(BUNDLE)/manifest.json || $(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
+	@$(PY) -m engines profile --bundle $(BUNDLE) $(ARGS)
+
+calibrate: $(NEEDS) ## rollouts of BUNDLE, temperatures of its confidence head from them, stored in it (5 minutes; ARGS=--quick: 1.5)
+	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
+	@$(if $(PROMPTS),,$(PY) -m training prompts --out $(CALIBRATION)/prompts.jsonl --count 240 $(if $(wildcard $(DATA)/prompts-*.jsonl),--target $(TARGET) --data $(DATA)))
+	@$(PY) -m decoding record --bundle $(BUNDLE) --output $(CALIBRATION)/rollouts.npz $(foreach file,$(or $(PROMPTS),$(CALIBRATION)/prompts.jsonl),--prompts $(file)) \
+	  $(if $(filter --quick,$(ARGS)),--max-tokens 48 --minutes 0.8 --least 1200,--max-tokens 96 --minutes $(MINUTES) --least 4000) $(filter-out --quick,$(ARGS))
+	@$(PY) -m training calibrate --rollouts $(CALIBRATION)/rollouts.npz --out $(CALIBRATION)
+	@$(PY) -m engines calibrate --bundle $(BUNDLE) --calibration $(CALIBRATION)/calibration.json
+
+bench: $(NEEDS) ## throughput and latency by mode, users and kind of prompt, in process and over gRPC (half an hour; QUICK=1: 6 minutes)
+	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(filter-out 0,$(QUICK)),--quick) $(foreach file,$(PROMPTS),--prompts $(file)) $(ARGS)
+
+scheduling: $(NEEDS) ## time of one scheduling decision, and the host's share of a round (2 minutes)
+	@$(PY) -m benchmarks.scheduling $(BUNDLE_ARGS) $(ARGS)
 
 acceptance: $(NEEDS) ## acceptance length and per position of PROMPTS, greedy and at temperature 1
 	@$(PY) -m benchmarks.acceptance $(BUNDLE_ARGS) $(foreach file,$(PROMPTS),--prompts $(file)) $(ARGS)
 
 equality: $(NEEDS) ## greedy output with and without the draft, over 200 prompts in batches of 1, 3 and 8
 	@$(PY) -m benchmarks.equality $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
+
+peers: $(NEEDS) ## other CPU engines on the same weights, in turns with ours (12 minutes; the first time 20 more to install them)
+	@$(PY) -m benchmarks.peers install --target $(TARGET) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) || echo "peers: going on without what could not be installed"
+	@$(PY) -m benchmarks.peers run --target $(TARGET) --draft $(DRAFT) $(ARGS)
 
 clean: ## delete build/ (the venv stays)
 	rm -rf build

@@ -1,108 +1,194 @@
-"""Throughput and latency by number of users and by schedule, in this process and through Triton.
+"""Throughput and latency by mode, number of users and kind of prompt, in this process and through Triton.
 
 Knows: which runs are compared and in which order. Refuses to know: how a request is decoded or sent.
 
-Runs of one level are interleaved (none, fixed, threshold, none, ...), so that a slow minute of the machine hits all of
-them; medians are taken over repeats. Requests stop where the model stops; greedy, so every schedule gives the same
-text.
+A group is one kind of prompt at one number of users. Its modes take turns, a few seconds each (and so do the two paths of
+a mode), in an order that rotates with every repeat: a slow minute of the machine hits all of them. Each mode is
+warmed up first; that run also says how many tokens make `--seconds`, the same number for every mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+
+from client import ClientError
+from decoding.request import RequestError
+from engines import BundleError
+from triton_repo.runtime import ServerError
 
 from . import bundle as bundles
-from .common import OWN_PROMPTS, Item, console_for_tables, encode, median, read_items, rich_table, write_result
-from .inprocess import run
-from .timing import Run
+from .cells import MODES, PATHS, Grid, fingerprint, make_row
+from .common import KINDS, Item, console_for_tables, encode, median, provenance, read_items, rich_table
+from .steady import Plan
 
-SCHEDULES = ("none", "fixed", "threshold")
+LEVELS, GRPC_LEVELS = (1, 2, 4, 8, 16, 32), (1, 8, 16)
+WARM_TOKENS = 6  # of each user
 COLUMNS = (
-    ("where", lambda r: r["where"]),
+    ("kind", lambda r: r["kind"]),
     ("users", lambda r: str(r["concurrency"])),
-    ("schedule", lambda r: r["schedule"]),
-    ("tok/s", lambda r: f"{r['output_tok_s']:.1f}"),
-    ("ratio", lambda r: f"{r['ratio']:.2f}"),
-    ("per user", lambda r: f"{r['user_tok_s']:.1f}"),
-    ("TTFT ms", lambda r: f"{r['ttft_ms']:.0f}"),
-    ("ITL ms", lambda r: f"{r['itl_ms']:.1f}"),
-    ("accepted", lambda r: f"{r['acceptance_length']:.2f}"),
-    ("verified", lambda r: f"{r['verified_per_round']:.2f}"),
-    ("outside %", lambda r: f"{100 * r['outside_engines']:.1f}" if "outside_engines" in r else ""),
+    ("path", lambda r: {"in_process": "direct", "grpc": "gRPC"}[r["path"]]),
+    ("mode", lambda r: r["mode"]),
+    ("tok/s", lambda r: f"{r['total_tok_s']:.1f}"),
+    ("to none", lambda r: number(r["ratio_to_none"], 2)),
+    ("per user", lambda r: number(r["user_tok_s"], 1)),
+    ("TTFT", lambda r: f"{r['ttft_ms']:.0f}"),
+    ("ITL", lambda r: number(r["itl_ms"], 1)),
+    ("p95", lambda r: number(r["itl_p95_ms"], 0)),
+    ("acc.", lambda r: f"{r['acceptance_length']:.2f}"),
+    ("ver.", lambda r: f"{r['verified_per_round']:.2f}"),
+    ("rej. %", lambda r: f"{100 * r['rejected_share']:.0f}"),
+    ("host %", lambda r: "" if r["host_share"] is None else f"{100 * r['host_share']:.1f}"),
 )
 LEGEND = (
-    "tok/s: output tokens of all users; ratio: to `none` in the same runs; per user: 1 / ITL; accepted: tokens a "
-    "target pass, bonus included; verified: draft tokens a round; outside: share of the time without a running engine."
+    "direct: in process; tok/s: output tokens of all users while all are busy; to none: ratio to mode `none` in the same run; "
+    "per user: tokens a second after the first; TTFT: ms, median of requests sent under load; ITL: ms per token, median and 95th "
+    "percentile; acc.: tokens a target pass, bonus included (acceptance length); ver.: draft tokens verified in a round of a "
+    "request; rej.: share of those that were rejected; host: share of the loop's time outside the engines (over gRPC: of the "
+    "server's, with the start of the load)."
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Runner = Callable[[str, list[Item], int], Run]  # (schedule, items, concurrency) -> Run
+Runner = Callable[[str, str, Plan], dict]  # (mode, kind, plan) -> what a window measured
 
 
-def in_process(bundle: Path, max_tokens: int, threshold: float, stack: ExitStack) -> Runner:
-    """Engines in this process, one loop a run."""
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def in_process(bundle: Path, items: dict[str, list[Item]], threshold: float, stack: ExitStack) -> Runner:
+    """Engines in this process. A mode keeps its scheduler through a group, as a server does."""
     import engines
-    from decoding.schedule import make
+
+    from decoding.schedule import for_engines
+
+    from .inprocess import steady
 
     opened = engines.load(bundle)
     stack.callback(opened.close)
+    prompts = {kind: encode(bundle, chosen) for kind, chosen in items.items()}
+    schedulers: dict[tuple, object] = {}
 
-    def runner(schedule: str, items: list[Item], concurrency: int) -> Run:
-        scheduler = make(schedule, threshold)
-        return run(opened, scheduler, encode(bundle, items), concurrency=concurrency, max_tokens=max_tokens)
+    def runner(mode: str, kind: str, plan: Plan) -> dict:
+        group = (mode, kind, plan.concurrency)
+        if group not in schedulers:
+            schedulers[group] = for_engines(opened, mode, threshold)
+        return steady(opened, schedulers[group], prompts[kind], plan)
 
     return runner
 
 
-def over_grpc(bundle: Path, max_tokens: int, threshold: float, stack: ExitStack) -> Runner:
-    """A Triton server for each schedule that drafts; `none` is a request with speculative = false to the first."""
+def over_grpc(
+    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, slots: int, stack: ExitStack
+) -> Runner:
+    """A Triton server for each mode that drafts, idle while it is not asked; `none` is speculative = false at one of them."""
     from triton_repo.repository import Settings
     from triton_repo.runtime import Ports
     from triton_repo.server import TritonServer
 
-    from .remote import load
+    from .remote import host_share, phases, settle, steady
 
-    urls = {}
-    for schedule in ("fixed", "threshold"):
-        settings = Settings(schedule=schedule, threshold=threshold)
-        server = stack.enter_context(
-            TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None)
-        )
-        urls[schedule] = server.grpc_url
+    servers: dict[str, TritonServer] = {}
+    for mode in [m for m in modes if m != "none"] or ["none"]:
+        settings = Settings(schedule=mode, threshold=threshold, max_requests=slots)
+        server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None)
+        servers[mode] = stack.enter_context(server)
+    servers.setdefault("none", next(iter(servers.values())))
 
-    def runner(schedule: str, items: list[Item], concurrency: int) -> Run:
-        return load(
-            urls.get(schedule, urls["fixed"]),
-            items,
-            concurrency=concurrency,
-            max_tokens=max_tokens,
-            speculative=schedule != "none",
-        )
+    def runner(mode: str, kind: str, plan: Plan) -> dict:
+        server = servers[mode]
+        before = phases(server.metrics_url)
+        done = steady(server.grpc_url, items[kind], plan, speculative=mode != "none")
+        settle(server.grpc_url)
+        return done | {"host_share": host_share(before, phases(server.metrics_url))}
 
     return runner
 
 
-def measure(runner: Runner, items: list[Item], concurrency: int, repeats: int, advance=lambda: None) -> list[dict]:
-    """One row a schedule: medians over interleaved repeats after one warm-up run each."""
-    found: dict[str, list[dict]] = {s: [] for s in SCHEDULES}
-    for number in range(repeats + 1):
-        for schedule in SCHEDULES:
-            chosen = items if number else items[:concurrency]
-            summary = runner(schedule, chosen, concurrency).summary()
-            if number:
-                found[schedule].append(summary)
-            advance()
-    rows = []
-    for schedule, runs in found.items():
-        row = {key: round(median(r[key] for r in runs), 4) for key in runs[0]}
-        rows.append({"concurrency": concurrency, "schedule": schedule, **row})
-    plain = rows[0]["output_tok_s"]
-    return [row | {"ratio": round(row["output_tok_s"] / plain, 4)} for row in rows]
+def at_url(url: str, items: dict[str, list[Item]]) -> Runner:
+    """Any running server: `none` asks it not to draft, the other mode is whatever it was started with."""
+    from .remote import settle, steady
+
+    def runner(mode: str, kind: str, plan: Plan) -> dict:
+        done = steady(url, items[kind], plan, speculative=mode != "none")
+        settle(url)
+        return done
+
+    return runner
+
+
+def measure(
+    runners: dict[str, Runner],
+    modes: Sequence[str],
+    kind: str,
+    plan: Plan,
+    *,
+    prompts: int,
+    repeats: int,
+    seconds: float,
+    say=lambda mode, path, window: None,
+) -> list[dict]:
+    """The rows of one group. runners: by path; plan.tokens is ignored; repeat r starts at another of the `prompts`."""
+    found: dict[tuple, list[dict]] = {(mode, path): [] for mode in modes for path in runners}
+    warm = change(plan, tokens=WARM_TOKENS * plan.concurrency + 24)
+    rates = [runners[path](mode, kind, warm)["total_tok_s"] for mode in modes for path in runners]
+    # Every user is to come far enough that answers end and begin in the window.
+    tokens = max(round(seconds * median(rates)), 32 + 8 * plan.concurrency)
+    for r in range(repeats):
+        turn = [*modes[r % len(modes) :], *modes[: r % len(modes)]]
+        chosen = change(plan, tokens=tokens, first=plan.first + r * prompts // repeats, seed=plan.seed + 1000 * r)
+        for mode in turn:
+            for path in list(runners)[:: -1 if r % 2 else 1]:
+                window = runners[path](mode, kind, chosen)
+                found[mode, path].append(window)
+                say(mode, path, window)
+    cell = {"kind": kind, "concurrency": plan.concurrency, "temperature": plan.temperature}
+    return [make_row({"mode": mode, **cell, "path": path}, windows) for (mode, path), windows in found.items()]
+
+
+def change(plan: Plan, **changes) -> Plan:
+    return Plan(**{**plan.__dict__, **changes})
+
+
+def chosen_kinds(kinds: str | None, prompts: Sequence[str]) -> dict[str, Path]:
+    """Prompt file of each kind: the repository's three, or those of `prompts` (KIND=FILE, or FILE under its own name);
+    `kinds` picks and orders. Raises ValueError, one sentence."""
+    files = dict(KINDS)
+    if prompts:
+        files = {}
+        for given in prompts:
+            kind, equals, file = given.partition("=")
+            files[kind if equals else Path(given).stem] = Path(file if equals else given)
+        if kinds:
+            files = KINDS | files
+    for kind in (names := kinds.split(",") if kinds else list(files)):
+        if kind not in files:
+            raise ValueError(f"kinds names {kind!r}; it must be of {', '.join(files)}, or come with --prompts {kind}=FILE.")
+        if not files[kind].is_file():
+            raise ValueError(f"The prompts of {kind} are not there: {files[kind]} is no file.")
+    return {kind: files[kind] for kind in names}
+
+
+def chosen_modes(modes: str, url: str | None) -> list[str]:
+    """Raises ValueError, one sentence, for an unknown mode or two drafting modes at one address."""
+    names = modes.split(",")
+    for name in names:
+        if name not in MODES:
+            raise ValueError(f"modes names {name!r}; it must be of {', '.join(MODES)}.")
+    if url and len([n for n in names if n != "none"]) > 1:
+        raise ValueError(f"modes is {modes}; at --url it is none, the server's own schedule, or both (none,lagged).")
+    return names
+
+
+def chosen_levels(text: str, name: str) -> list[int]:
+    levels = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if not all(1 <= level <= 1024 for level in levels):
+        raise ValueError(f"{name} is {text}; it must be numbers of users in 1..1024, separated by commas.")
+    return levels
 
 
 @app.command()
@@ -111,62 +197,74 @@ def main(
     draft: bundles.DraftOption = bundles.DRAFT,
     bundle: bundles.BundleOption = bundles.BUNDLE,
     dtype: bundles.DtypeOption = "int8",
+    modes: Annotated[str | None, typer.Option(help="default: all five; at --url none,lagged")] = None,
+    kinds: Annotated[str | None, typer.Option(help="default: maths,code,chat (quick: maths,chat)")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="numbers of users; default: 1,2,4,8,16,32 (quick: 1,8)")] = None,
+    paths: Annotated[str, typer.Option(help="in_process, grpc or both")] = "in_process,grpc",
+    grpc_concurrency: Annotated[
+        str | None, typer.Option(help="numbers of users at which gRPC is measured too; default: 1,8,16")
+    ] = None,
+    repeats: int = 3,
+    seconds: Annotated[float | None, typer.Option(help="of one window; default 3 (quick: 1.2)")] = None,
+    max_tokens: Annotated[int, typer.Option(help="of each answer")] = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threshold: Annotated[float, typer.Option(help="of the threshold mode")] = 0.5,
     prompts: Annotated[
-        Path, typer.Option(help="JSONL with prompt, messages or turns; default: the repository's own")
-    ] = OWN_PROMPTS,
-    concurrency: Annotated[str, typer.Option(help="comma-separated numbers of users")] = "1,2,4,8,16",
-    full: Annotated[bool, typer.Option("--full/--quick", help="more requests, longer answers, more repeats")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="of each answer; 48 quick, 128 full")] = None,
-    threshold: Annotated[float, typer.Option(help="of the threshold schedule")] = 0.5,
-    grpc: Annotated[bool, typer.Option("--grpc/--no-grpc", help="also through Triton")] = True,
+        list[str] | None, typer.Option(help="KIND=FILE or FILE, JSONL; repeat; default: the repository's own")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="host:port of a running server (gRPC); no bundle is opened")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="1 and 8 users, two kinds, short windows")] = False,
     out: Path = Path("build/bench.json"),
 ) -> None:
-    """Runs none, fixed and threshold in turn at each number of users."""
-    manifest, console = bundles.ensure(target, draft, bundle, dtype), console_for_tables()
-    levels = [int(level) for level in concurrency.split(",")]
-    max_tokens, repeats = max_tokens or (128 if full else 48), 5 if full else 3
-    items, rows = load_items(prompts, max(8, 4 * max(levels))), []
-    places = {"in process": in_process} | ({"gRPC": over_grpc} if grpc else {})
-    for where, make in places.items():
+    """Measures the chosen cells and puts them into `out` (what is not per cell: the .meta.json beside it)."""
+    console = console_for_tables()
+    try:
+        names = chosen_modes(modes or ("none,lagged" if url else ",".join(MODES)), url)
+        files = chosen_kinds(kinds or ("maths,chat" if quick and not prompts else None), prompts or ())
+        levels = chosen_levels(concurrency or ",".join(map(str, (1, 8) if quick else LEVELS)), "concurrency")
+        default = levels if url or paths == "grpc" else (1, 8) if quick else GRPC_LEVELS
+        grpc_levels = chosen_levels(grpc_concurrency or ",".join(map(str, default)), "grpc_concurrency")
+        wanted = ["grpc"] if url else paths.split(",")
+        if not set(wanted) <= set(PATHS):
+            raise ValueError(f"paths is {paths}; it must be in_process, grpc or both.")
+        if repeats < 1 or (seconds is not None and seconds <= 0):
+            raise ValueError(f"repeats is {repeats} and seconds is {seconds}; they must be at least 1, and above 0.")
+        items = {kind: read_items(file) for kind, file in files.items()}
+    except ValueError as error:
+        bundles.fail(str(error))
+    seconds = seconds or (1.2 if quick else 3.0)
+    run = {**provenance(), "max_tokens": max_tokens, "seconds": seconds, "repeats": repeats, "threshold": threshold}
+    run["prompts"] = {kind: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for kind, file in files.items()}
+    same = {"machine": run["machine"], "url": url}
+    if not url:
+        manifest = bundles.ensure(target, draft, bundle, dtype)
+        if set(names) & set(bundles.LOAD_AWARE):
+            bundles.ensure_profile(bundle)
+        same["bundle"] = fingerprint(manifest)
+    grid = Grid(out, same, run, say=lambda sentence: console.print(sentence, soft_wrap=True))
+    try:
         with ExitStack() as stack:
-            with console.status(f"opening the engines, {where}"):
-                runner = make(bundle, max_tokens, threshold, stack)
-            bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
+            runners: dict[str, Runner] = {}
+            with console.status("opening the engines"):
+                if "in_process" in wanted:
+                    runners["in_process"] = in_process(bundle, items, threshold, stack)
+                served = [level for level in levels if "grpc" in wanted and level in grpc_levels]
+                if served and url:
+                    runners["grpc"] = at_url(url, items)
+                elif served:
+                    runners["grpc"] = over_grpc(bundle, items, names, threshold, max(served), stack)
             for level in levels:
-                task = bar.add_task(f"{where}, {level} users", total=(repeats + 1) * len(SCHEDULES))
-                if not console.is_terminal:
-                    console.print(f"{where}, {level} users")
-                chosen = items[: max(4, level) * (4 if full else 1)]
-                found = measure(runner, chosen, level, repeats, lambda: bar.advance(task))
-                bar.remove_task(task)
-                rows += [{"where": where, **row} for row in found]
-                write_result(
-                    out,
-                    {
-                        "target": manifest["target"]["name"],
-                        "dtype": dtype,
-                        "max_tokens": max_tokens,
-                        "repeats": repeats,
-                        "threshold": threshold,
-                        "rows": rows,
-                    },
-                )
-        console.print(
-            rich_table(f"{where}, medians of interleaved runs", COLUMNS[1:], [r for r in rows if r["where"] == where])
-        )
+                here = {path: runners[path] for path in runners if path == "in_process" or level in served}
+                for kind in files if here else ():
+                    plan = Plan(level, 0, max_tokens, temperature=temperature, seed=seed)
+                    with console.status(f"{kind}, {level} users"):
+                        rows = measure(here, names, kind, plan, prompts=len(items[kind]), repeats=repeats, seconds=seconds)
+                    console.print(rich_table(f"{kind}, {level} users", COLUMNS[2:], grid.put(rows)))
+    except (BundleError, ClientError, ServerError, RequestError) as error:
+        bundles.fail(str(error))
     console.print(LEGEND, style="dim")
     console.print(f"written: {out}", soft_wrap=True)
-
-
-def load_items(prompts: Path, count: int) -> list[Item]:
-    """`count` prompts: the file's, or for the default the file's and then seeded ones of training/prompts.py."""
-    items = read_items(prompts, count)
-    if prompts == OWN_PROMPTS and len(items) < count:
-        from training.prompts import prompts as generated
-
-        more = generated(count - len(items), seed=20261122)
-        items += [Item(f"{p.kind}-{i}", ({"role": "user", "content": p.text},)) for i, p in enumerate(more)]
-    return [items[i % len(items)] for i in range(count)]
 
 
 if __name__ == "__main__":

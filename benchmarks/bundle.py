@@ -1,6 +1,7 @@
-"""Whether a bundle still fits its two checkpoints, and the export when it does not.
+"""Whether a bundle still fits its two checkpoints and this machine; the export, the profile when it does not.
 
-Knows: the hashes in a bundle's manifest. Refuses to know: how an export works (it runs `python -m export`).
+Knows: the hashes in a bundle's manifest. Refuses to know: how an export or a profile works (it runs `python -m export`,
+`python -m engines profile`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from decoding.schedule import LOAD_AWARE as LOAD_AWARE  # the schedulers that need the bundle's profile
+from engines.bundle import FORMAT_VERSION
 
 TARGET = Path("build/models/smollm2-135m-instruct")
 DRAFT = Path("training/heads/smollm2-135m-instruct")
@@ -58,6 +62,41 @@ def ensure(target: Path, draft: Path, bundle: Path, dtype: str) -> dict:
     return json.loads((bundle / "manifest.json").read_text())
 
 
+def ensure_profile(bundle: Path) -> None:
+    """Profiles `bundle` when it has no profile that holds for this machine, these engines and their default threads.
+
+    Raises typer.Exit after one sentence when the engines cannot be opened or the profile fails.
+    """
+    reason = unprofiled(bundle)
+    if not reason:
+        return
+    print(f"profile: {reason} Measuring the engines of {bundle} now, a minute or two.", flush=True)
+    command = [sys.executable, "-m", "engines", "profile", "--bundle", str(bundle), "--quick"]
+    if subprocess.run(command).returncode:
+        fail(f"The profile of {bundle} failed; its message is above.")
+    reason = unprofiled(bundle)
+    if reason:
+        fail(f"The profile of {bundle} ended well, but it is refused: {reason}")
+
+
+def unprofiled(bundle: Path) -> str | None:
+    """Why the load-aware schedulers cannot run on `bundle` here, one sentence; None when they can."""
+    import engines
+    from engines.sps import Sps
+
+    try:
+        opened = engines.load(bundle)
+    except engines.BundleError as error:
+        fail(str(error))
+    try:
+        Sps.of(opened)
+    except engines.BundleError as error:
+        return str(error)
+    finally:
+        opened.close()
+    return None
+
+
 def stale(target: Path, draft: Path, bundle: Path, dtype: str) -> str | None:
     """Why `bundle` cannot be used for these checkpoints; None when it can."""
     path = bundle / "manifest.json"
@@ -69,8 +108,8 @@ def stale(target: Path, draft: Path, bundle: Path, dtype: str) -> str | None:
         hashes = {"target": manifest["target"]["hash"], "draft": manifest["draft"]["hash"]}
     except (ValueError, KeyError, TypeError):
         return "its manifest cannot be read"
-    if version != 1:
-        return f"it has format version {version}, not 1"
+    if version != FORMAT_VERSION:
+        return f"it has format version {version}, not {FORMAT_VERSION}"
     if made_as != dtype:
         return f"it was made as {made_as}, not {dtype}"
     for name, folder in (("draft", draft), ("target", target)):
@@ -102,8 +141,9 @@ def main(
     bundle: BundleOption = BUNDLE,
     dtype: DtypeOption = "int8",
 ) -> None:
-    """Makes the bundle when it is missing or does not fit."""
+    """Makes the bundle when it is missing or does not fit, and its profile likewise."""
     ensure(target, draft, bundle, dtype)
+    ensure_profile(bundle)
 
 
 if __name__ == "__main__":

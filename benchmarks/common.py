@@ -23,7 +23,8 @@ from rich.table import Table
 
 from decoding.chat import ChatTokenizer
 
-OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")  # five, for a look
+KINDS = {kind: Path(__file__).with_name("prompts") / f"{kind}.jsonl" for kind in ("maths", "code", "chat")}
 SHOWN = ("onnxruntime", "numpy", "tokenizers", "nvidia-pytriton")
 
 
@@ -165,16 +166,34 @@ def machine() -> dict:
     }
 
 
-def write_result(path: Path, body: dict) -> None:
-    """JSON with the machine, the command and the date; written beside, then renamed."""
+def provenance() -> dict:
+    """date, command and machine of this run."""
     module = Path(sys.argv[0]).with_suffix("").name
     # A file outside this folder is named, its place on this machine is nobody's business.
-    arguments = [Path(a).name if Path(a).is_absolute() or a.startswith("..") else a for a in sys.argv[1:]]
-    command = shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *(_without_place(a) for a in sys.argv[1:])])
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine(),
+    }
+
+
+def _without_place(argument: str) -> str:
+    """An argument, `--prompts maths=/some/where/p.jsonl` as `maths=p.jsonl`."""
+    name, equals, value = argument.rpartition("=")
+    return name + equals + (Path(value).name if Path(value).is_absolute() or value.startswith("..") else value)
+
+
+def write_result(path: Path, body: dict) -> None:
+    """JSON with the machine, the command and the date; written beside, then renamed."""
+    write_json(path, {**provenance(), **body})
+
+
+def write_json(path: Path, body: object) -> None:
+    """Written beside, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps({"date": date, "command": command, "machine": machine(), **body}, indent=1) + "\n")
+    beside.write_text(json.dumps(body, indent=1) + "\n")
     beside.replace(path)
 
 

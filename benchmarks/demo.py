@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from client import Client, ClientError
+from triton_repo.repository import Settings
 from triton_repo.runtime import Ports, ServerError
 from triton_repo.server import TritonServer
 
@@ -131,21 +132,28 @@ def main(
     limit: Annotated[int, typer.Option(help="prompts to use")] = 5,
     max_tokens: Annotated[int, typer.Option(help="of each answer")] = 160,
     repeats: Annotated[int, typer.Option(help="measured runs of each kind")] = 3,
+    schedule: Annotated[str, typer.Option(help="of the server: none, fixed, threshold, causal or lagged")] = "lagged",
     out: Path = Path("build/demo.json"),
 ) -> None:
     """Streams a few answers from a Triton server and measures them with the draft and without."""
     items = read_items(prompts, limit)
     manifest = bundles.ensure(target, draft, bundle, dtype)
+    if schedule in bundles.LOAD_AWARE:
+        bundles.ensure_profile(bundle)
     name, block = manifest["target"]["name"], manifest["draft"]["block_size"]
     console = console_for_tables(record=True)
-    server = TritonServer(bundle, ports=Ports(0, 0, 0), say=lambda sentence: None)
+    try:
+        settings = Settings(schedule=schedule)
+    except ValueError as error:
+        bundles.fail(str(error))
+    server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None)
     try:
         started = time.perf_counter()
         with console.status("starting tritonserver"):
             server.start()
         seconds = time.perf_counter() - started
         console.print(f"tritonserver is ready after {seconds:.1f} s, gRPC on {server.grpc_url}", soft_wrap=True)
-        console.print(f"{name} {dtype}, a draft of {block} tokens a block\n", soft_wrap=True)
+        console.print(f"{name} {dtype}, a draft of {block} tokens a block, schedule {schedule}\n", soft_wrap=True)
         client = Client(server.grpc_url)
         stream_all(console, client, items, max_tokens)
         rows = measure_all(console, client, items, max_tokens, repeats)
@@ -158,8 +166,9 @@ def main(
     total = summary(rows)
     title = "Greedy, one stream, through Triton; medians of interleaved runs"
     console.print(rich_table(title, COLUMNS, [*rows, total]))
-    settings = {"target": name, "dtype": dtype, "block_size": block, "max_tokens": max_tokens, "repeats": repeats}
-    result = {**settings, "temperature": 0.0, "identical": total["identical"], "summary": total, "prompts": rows}
+    described = {"target": name, "dtype": dtype, "schedule": schedule, "block_size": block}
+    described |= {"max_tokens": max_tokens, "repeats": repeats}
+    result = {**described, "temperature": 0.0, "identical": total["identical"], "summary": total, "prompts": rows}
     write_result(out, result)
     console.print(f"written: {out}", soft_wrap=True)
     out.with_suffix(".txt").write_text(console.export_text())

@@ -1,19 +1,25 @@
 """The same load through Triton: timed requests over gRPC streams.
 
-Knows: client.Client. Refuses to know: engines, decoding.
+Knows: client.Client, the server's metrics page. Refuses to know: engines, decoding.
 """
 
 from __future__ import annotations
 
+import re
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from client import Client
+from client import Client, ClientError
+from triton_repo import control
 
-from .common import Acceptance, Item
-from .timing import Run, Timing
+from .common import Item
+from .steady import Plan, Window
+from .timing import Timing
+
+
+SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,63 @@ def ask(
     )
 
 
-def load(url: str, items: Sequence[Item], *, concurrency: int, max_tokens: int, speculative: bool) -> Run:
-    """Answers all items, `concurrency` users at a time. Raises the ClientError of a request that failed."""
+def steady(url: str, items: Sequence[Item], plan: Plan, *, speculative: bool = True) -> dict:
+    """One window of the load (benchmarks/steady.py): a thread a user, a stream a request. Returns Window.summary().
 
-    def answer(item: Item) -> Answer:
-        return ask(client, item.messages, max_tokens=max_tokens, speculative=speculative)
+    Raises the ClientError of the first request that failed.
+    """
+    client, window, failures = Client(url), Window(plan), []
 
-    client, started = Client(url), time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as users:
-        answers = list(users.map(answer, items))
-    seconds, acceptance = time.perf_counter() - started, Acceptance()
-    for a in answers:
-        acceptance.rounds += a.num_rounds
-        acceptance.verified += a.drafted
-        acceptance.accepted += sum(a.accepted_per_position)
-    return Run(seconds, [a.timing for a in answers], acceptance)
+    def user() -> None:
+        try:
+            while window.closed is None and not failures:
+                _answer(client, items, window, plan, speculative)
+        except ClientError as error:
+            failures.append(error)
+
+    users = [threading.Thread(target=user, daemon=True) for _ in range(plan.concurrency)]
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return window.summary()
+
+
+def _answer(client: Client, items: Sequence[Item], window: Window, plan: Plan, speculative: bool) -> None:
+    """One request to its end, or until the window has closed."""
+    i = window.submit(time.perf_counter())
+    sampling = {"temperature": plan.temperature, "seed": plan.seed + i, "ignore_eos": plan.ignore_eos}
+    messages, totals = list(items[plan.prompt(i, len(items))].messages), (0, 0, 0)
+    with client.stream(messages, max_tokens=plan.length(i), speculative=speculative, **sampling) as chunks:
+        for chunk in chunks:
+            inside = window.heard(i, time.perf_counter(), len(chunk.output_ids))
+            now = (chunk.num_rounds, chunk.total_draft_tokens, chunk.total_accepted_draft_tokens)
+            if inside:
+                window.rounds(*(b - a for a, b in zip(totals, now)))
+            totals = now
+            if window.closed is not None:
+                return
+
+
+def settle(url: str) -> None:
+    """Waits until the server has let go of what a window cut off and has handed on its counters (every 0.1 s)."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while control.counts(url)[0] and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.15)
+
+
+def phases(metrics_url: str) -> dict[str, float]:
+    """Seconds of the server's rounds so far by phase: draft, schedule, target, verify, host."""
+    page = control.metrics(metrics_url)
+    found = ((re.search(r'^dspark_phase_seconds_total{.*phase="(\w+)"', name), s) for name, s in page.items())
+    return {match[1]: seconds for match, seconds in found if match}
+
+
+def host_share(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """Share of the rounds' time between two readings that was outside the engines; None when nothing was counted."""
+    spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
+    total = sum(spent.values())
+    return (spent.get("host", 0.0) + spent.get("schedule", 0.0)) / total if total > 0 else None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import acceptance, bench, demo, equality
+from . import acceptance, bench, cells, demo, equality, findings
 from .common import markdown_table
 
 SHOWN_ANSWERS = 1  # streamed answers that the README shows
@@ -30,16 +31,80 @@ def fill(text: str, name: str, body: str) -> str:
 
 def demo_section(result: dict) -> str:
     rows = [*result["prompts"], result["summary"]]
-    return section(f"{what(result)}, one stream through Triton", result, demo.COLUMNS, rows)
+    schedule = f", schedule {result['schedule']}" if "schedule" in result else ""
+    return section(f"{what(result)}, one stream through Triton{schedule}", result, demo.COLUMNS, rows)
 
 
 def acceptance_section(result: dict) -> str:
     return section(f"{what(result)}, whole block verified", result, acceptance.COLUMNS, result["rows"])
 
 
-def bench_section(result: dict) -> str:
-    said = f"{what(result)}, greedy, threshold {result['threshold']:g}"
-    return section(said, result, bench.COLUMNS, result["rows"]) + "\n\n" + bench.LEGEND
+def bench_sections(make: Callable[[list[dict]], str]) -> Callable[[list[Path]], str]:
+    """A section of build/bench.json: where and how its rows were measured, then make(rows)."""
+
+    def section_of(files: list[Path]) -> str:
+        rows, meta = cells.read(files[0])
+        return f"{bench_origin(rows, meta)}\n\n{make(rows)}" if rows else ""
+
+    return section_of
+
+
+def bench_origin(rows: list[dict], meta: dict) -> str:
+    """The runs that the rows come from."""
+    bundle, runs = meta.get("bundle"), [meta["runs"][name] for name in dict.fromkeys(r["run"] for r in rows)]
+    what = f"{bundle['target']} {bundle['dtype']}" if bundle else "A running server"
+    said = []
+    for run in runs:
+        how = f"answers of at most {run['max_tokens']} tokens, {run['repeats']} interleaved windows of about {run['seconds']:g} s"
+        said.append(f"{run['date'][:10]}, {how}:\n`{run['command']}`")
+    return f"{what}. {machine_line(meta['machine'])}.\n" + "\n".join(said)
+
+
+def throughput(rows: list[dict]) -> str:
+    grid, detail = findings.throughput(rows), findings.latency(rows)
+    said = "Output tok/s of all users, in process, greedy; in brackets the ratio to none in the same run."
+    pictures = "![tok/s of one user against tok/s of all](images/pareto.png)\n\n![budget and acceptance by users](images/budget.png)"
+    return f"{pictures}\n\n{said}\n\n{grid}\n\nWhat `lagged` does, and what its users see:\n\n{detail}\n\n{bench.LEGEND}"
+
+
+def in_short(rows: list[dict]) -> str:
+    picture = "![tok/s of one user against tok/s of all users](docs/images/pareto.png)"
+    return f"{picture}\n\n{findings.short(rows)}\n\n{findings.claim(rows)[0]}\n{findings.grpc(rows)[0]}"
+
+
+def judged(said_and_table: tuple[str, str]) -> str:
+    said, table = said_and_table
+    return f"{said}\n\n{table}"
+
+
+def with_origin(make: Callable[[dict], tuple[str, str]]) -> Callable[[dict], str]:
+    """A judged section of a result file that names its machine and command."""
+
+    def section_of(result: dict) -> str:
+        said, table = make(result)
+        where = machine_line(result["machine"]) + ", " if "machine" in result else ""
+        return f"{said}\n{where}{result['date'][:10]}:\n`{result['command']}`\n\n{table}"
+
+    return section_of
+
+
+def accept_section(results: list[dict]) -> str:
+    """What each accept rule costs in acceptance: one table over all result files that name their rule."""
+    rows = [{"accept": r["accept"], **row} for r in results for row in r["rows"] if row.get("accept") is None and "accept" in r]
+    rows += [row for r in results for row in r["rows"] if row.get("accept") is not None]
+    if not rows:
+        return ""
+    rows.sort(key=lambda r: (r["name"], r["temperature"], r["accept"]))
+    columns = (acceptance.COLUMNS[0], ("rule", lambda r: r["accept"]), *acceptance.COLUMNS[1:])
+    named = next(r for r in reversed(results) if "accept" in r or any(row.get("accept") for row in r["rows"]))
+    return section(what(named), named, columns, rows)
+
+
+def peers_section(files: list[Path]) -> str:
+    rows, meta = cells.read(files[0])
+    rows = rows or json.loads(files[0].read_text())
+    where = f"{machine_line(meta['machine'])}, {meta['date'][:10]}:\n`{meta['command']}`\n\n" if "machine" in meta else ""
+    return where + findings.peers(rows)
 
 
 def equality_section(result: dict) -> str:
@@ -56,11 +121,14 @@ def what(result: dict) -> str:
 
 def section(said: str, result: dict, columns: tuple, rows: list[dict]) -> str:
     """What was measured, where, when and by which command; then the table."""
-    m = result["machine"]
-    versions = ", ".join(f"{name} {m[name]}" for name in ("onnxruntime", "nvidia-pytriton") if name in m)
-    machine = f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']:g} GiB, Python {m['python']}, {versions}"
+    machine = machine_line(result["machine"])
     head = f"{said}.\n{machine}, {result['date'][:10]}:\n`{result['command']}`"
     return f"{head}\n\n{markdown_table(columns, rows)}"
+
+
+def machine_line(m: dict) -> str:
+    versions = ", ".join(f"{name} {m[name]}" for name in ("onnxruntime", "nvidia-pytriton") if name in m)
+    return f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']:g} GiB, Python {m['python']}, {versions}"
 
 
 def demo_output(text: str) -> str:
@@ -103,20 +171,38 @@ def training_section(log: str) -> str:
     return f"{said}\n\n{markdown_table(columns, chosen)}"
 
 
-def from_json(make):
-    return lambda raw: make(json.loads(raw))
+def from_json(make: Callable[[dict], str]) -> Callable[[list[Path]], str]:
+    return lambda files: make(json.loads(files[0].read_text(encoding="utf-8")))
 
 
-SECTIONS = {  # page: {section: (result file, text -> section)}
+def from_text(make: Callable[[str], str]) -> Callable[[list[Path]], str]:
+    return lambda files: make(files[0].read_text(encoding="utf-8"))
+
+
+def from_all(make: Callable[[list[dict]], str]) -> Callable[[list[Path]], str]:
+    return lambda files: make([json.loads(file.read_text(encoding="utf-8")) for file in files])
+
+
+SECTIONS = {  # page: {section: (result files in build/, files -> section; "" leaves the section as it is)}
     "docs/results.md": {
         "demo": ("demo.json", from_json(demo_section)),
         "acceptance": ("acceptance.json", from_json(acceptance_section)),
-        "bench": ("bench.json", from_json(bench_section)),
+        "bench": ("bench.json", bench_sections(throughput)),
+        "claim": ("bench.json", bench_sections(lambda rows: judged(findings.claim(rows)))),
+        "grpc": ("bench.json", bench_sections(lambda rows: judged(findings.grpc(rows)))),
+        "scheduling": ("scheduling.json", from_json(with_origin(findings.scheduling))),
+        "calibration": ("calibration/*.json", from_json(with_origin(findings.calibration))),
+        "accept": ("acceptance*.json", from_all(accept_section)),
+        "peers": ("peers.json", peers_section),
         "equality": ("equality.json", from_json(equality_section)),
     },
-    "README.md": {"demo": ("demo.txt", demo_output), "test": ("ci.log", closing_line)},
+    "README.md": {
+        "demo": ("demo.txt", from_text(demo_output)),
+        "bench": ("bench.json", bench_sections(in_short)),
+        "test": ("ci.log", from_text(closing_line)),
+    },
     "training/heads/smollm2-135m-instruct/README.md": {
-        "training": ("heads/smollm2/log.jsonl", training_section),
+        "training": ("heads/smollm2/log.jsonl", from_text(training_section)),
         "acceptance": ("acceptance.json", from_json(acceptance_section)),
     },
 }
@@ -127,16 +213,21 @@ def main(
     build: Annotated[Path, typer.Option(help="folder of the result files")] = Path("build"),
     root: Annotated[Path, typer.Option(help="folder of README.md and docs/")] = Path("."),
 ) -> None:
-    """Fills the sections that there are results for, and says which."""
+    """Draws the pictures and fills the sections that there are results for, and says which."""
+    if rows := findings.select(cells.read(build / "bench.json")[0]):
+        from .pictures import draw
+
+        draw(rows, root / "docs/images")
     for page, sections in SECTIONS.items():
         path = root / page
         if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8")
-        for name, (file, make) in sections.items():
-            if (build / file).is_file():
-                text = fill(text, name, make((build / file).read_text(encoding="utf-8")))
-                print(f"{page}: {name} from {build / file}")
+        for name, (pattern, make) in sections.items():
+            files = sorted(build.glob(pattern))
+            if files and (body := make(files)):
+                text = fill(text, name, body)
+                print(f"{page}: {name} from {', '.join(map(str, files))}")
         path.write_text(text, encoding="utf-8")
 
 

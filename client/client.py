@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 Prompt = str | Sequence[dict] | Sequence[int]
@@ -21,18 +22,30 @@ Prompt = str | Sequence[dict] | Sequence[int]
 # parameter -> Triton dtype, numpy dtype
 PARAMETERS = {
     "raw": ("BOOL", np.bool_),
-    "max_tokens": ("INT32", np.int32),
-    "temperature": ("FP32", np.float32),
-    "seed": ("UINT64", np.uint64),
     "stop_words": ("BYTES", np.object_),
-    "ignore_eos": ("BOOL", np.bool_),
-    "speculative": ("BOOL", np.bool_),
+    "max_tokens": ("INT32", np.int32),
+    "min_tokens": ("INT32", np.int32),
+    "temperature": ("FP32", np.float32),
     "top_k": ("INT32", np.int32),
     "top_p": ("FP32", np.float32),
     "min_p": ("FP32", np.float32),
+    "repetition_penalty": ("FP32", np.float32),
+    "presence_penalty": ("FP32", np.float32),
+    "frequency_penalty": ("FP32", np.float32),
     "bad_words": ("BYTES", np.object_),
+    "logit_bias": ("BYTES", np.object_),  # a dict {token id: bias}; JSON on the wire
+    "seed": ("UINT64", np.uint64),
+    "ignore_eos": ("BOOL", np.bool_),
     "return_log_probs": ("BOOL", np.bool_),
+    "speculative": ("BOOL", np.bool_),
+    "accept": ("BYTES", np.object_),
+    "threshold": ("FP32", np.float32),
 }
+
+
+KINDS = {"stop_words": "a list of texts", "bad_words": "a list of texts", "logit_bias": "a dict {token id: bias}"}
+FORMATS = {"INT32": "i", "FP32": "f"}
+VECTORS = ("output_ids", "accepted_per_position", "output_log_probs")
 
 
 class ClientError(RuntimeError):
@@ -44,7 +57,9 @@ class Chunk:
     """What one response holds: new text and ids; the totals run from the request's start.
 
     finish_reason is "" until the last chunk: stop, length or cancelled. accepted_per_position[k]: verify rounds in
-    which draft token k was accepted; total_draft_tokens: draft tokens that the target verified.
+    which draft token k was accepted; total_draft_tokens: draft tokens that the target verified. With return_log_probs,
+    output_log_probs holds one for each of output_ids and cum_log_probs their sum over the whole answer so far: of the
+    target's own distribution, before temperature, penalties and filters.
     """
 
     text: str
@@ -58,20 +73,21 @@ class Chunk:
     total_accepted_draft_tokens: int
     acceptance_rate: float
     accepted_per_position: tuple[int, ...]
+    output_log_probs: tuple[float, ...] = ()
+    cum_log_probs: float = 0.0
 
     @classmethod
-    def read(cls, result: grpc.InferResult) -> "Chunk":
-        array = result.as_numpy
-        numbers = ("index", "num_input_tokens", "num_output_tokens", "num_rounds")
-        totals = ("total_draft_tokens", "total_accepted_draft_tokens")
-        return cls(
-            text=array("text_output")[0].decode(),
-            output_ids=tuple(array("output_ids").tolist()),
-            finish_reason=array("finish_reason")[0].decode(),
-            acceptance_rate=float(array("acceptance_rate")[0]),
-            accepted_per_position=tuple(array("accepted_per_position").tolist()),
-            **{name: int(array(name)[0]) for name in (*numbers, *totals)},
-        )
+    def read(cls, response: service_pb2.ModelInferResponse) -> "Chunk":
+        """One pass over the response's raw tensors; as_numpy() would search its outputs once for each name."""
+        values = {}
+        for output, raw in zip(response.outputs, response.raw_output_contents):
+            if output.datatype == "BYTES":
+                values[output.name] = raw[4:].decode()  # one element: its length, then its bytes
+            else:
+                numbers = tuple(memoryview(raw).cast(FORMATS[output.datatype]))
+                values[output.name] = numbers if output.name in VECTORS else numbers[0]
+        values["text"] = values.pop("text_output")
+        return cls(**values)
 
 
 class Client:
@@ -123,7 +139,7 @@ class Stream(Iterator[Chunk]):
             response = result.get_response()
             # The final flag sits on the last data response or on an empty one after it.
             final = response.parameters["triton_final_response"].bool_param
-            chunk = Chunk.read(result) if response.outputs else None
+            chunk = Chunk.read(response) if response.outputs else None
             if final:
                 self._finish()
             if chunk is not None:
@@ -181,8 +197,12 @@ def _inputs(prompt: Prompt, parameters: dict[str, Any], *, stream: bool) -> list
         if value is None:
             continue
         triton, dtype = PARAMETERS[name]
+        if name == "logit_bias" and isinstance(value, Mapping):
+            value = json.dumps({str(token): bias for token, bias in value.items()})
         values = [value] if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) else list(value)
         if triton == "BYTES":
+            if not all(isinstance(v, (str, bytes)) for v in values):
+                raise ClientError(f"{name} is {value!r}; it must be {KINDS.get(name, 'text')}.")
             array = _bytes(values)
         else:
             try:

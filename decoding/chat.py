@@ -58,6 +58,18 @@ class ChatTokenizer:
         """Token ids of render(); the template writes the special tokens itself."""
         return self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
 
+    def spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that write `word` in running text: at a text's start, after a line break, and each with a
+        space before it. Special tokens' own texts give their id. Without duplicates; empty when no token writes it."""
+        encode = lambda text: tuple(self.tokenizer.encode(_clean(text, "word"), add_special_tokens=False).ids)
+        line, found = encode("\n"), []
+        for text in (word,) if word[:1].isspace() else (word, " " + word):
+            found.append(encode(text))
+            after = encode("\n" + text)  # a tokenizer that puts a space before every text does not put it here
+            if line and after[: len(line)] == line:
+                found.append(after[len(line) :])
+        return tuple(dict.fromkeys(ids for ids in found if ids))
+
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja2 as Hugging Face templates expect it, without access to anything but the messages."""

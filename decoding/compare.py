@@ -5,7 +5,8 @@ Knows: two runs of the loop, the top-two gap of the target's logits. Refuses to 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Callable
 
 import numpy as np
 
@@ -13,8 +14,20 @@ from engines import Engines
 
 from .generate import Answer, decode_all, progress
 from .loop import Loop
-from .pack import pack_target
+from engines.pack import pack_target
 from .schedule import NoDraft, Scheduler
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the target alone says: outputs[i] of answers[i], decoded one by one."""
+
+    answers: list[Answer]
+    outputs: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(o) for o in self.outputs)
 
 
 def compare(engines: Engines, answers: list[Answer], batches: list[int], scheduler: Scheduler, near_tie: float) -> dict:
@@ -23,38 +36,47 @@ def compare(engines: Engines, answers: list[Answer], batches: list[int], schedul
     prefix lie less than `near_tie` apart. Raises ValueError when an answer was refused."""
     if refused := [a.error for a in answers if a.error]:
         raise ValueError(refused[0])
+    greedy = [
+        Answer(a.line, a.id, replace(a.request, params=replace(a.request.params, temperature=0.0))) for a in answers
+    ]
     with progress(len(answers) * (1 + len(batches)), "comparing") as advance:
-        reference = _outputs(engines, NoDraft(), answers, 1, advance)[0]
-        runs, different, near_ties = [], 0, 0
-        for size in batches:
-            outputs, loop = _outputs(engines, scheduler, answers, size, advance)
-            equal, gaps = 0, []
-            for answer, want, have in zip(answers, reference, outputs):
-                if want == have:
-                    equal += 1
-                    continue
-                at = next((k for k, (a, b) in enumerate(zip(want, have)) if a != b), min(len(want), len(have)))
-                gap = top_gap(engines, [*answer.request.prompt_ids, *want[:at]])
-                gaps.append({"line": answer.line, "at": at, "gap": gap})
-            near = sum(g["gap"] < near_tie for g in gaps)
-            different, near_ties = different + len(gaps) - near, near_ties + near
-            tau = loop.metrics.acceptance_length
-            runs.append(
-                {"batch": size, "equal": equal, "near_ties": near, "acceptance_length": tau, "differences": gaps}
-            )
-    tokens = sum(len(o) for o in reference)
+        alone = reference(engines, greedy, advance)
+        runs = [difference(engines, alone, size, scheduler, near_tie, advance) for size in batches]
     return {
-        "prompts": len(answers), "tokens": tokens, "near_tie_bound": near_tie, "different": different,
-        "near_ties": near_ties, "runs": runs,
+        "prompts": len(answers), "tokens": alone.tokens, "near_tie_bound": near_tie,
+        "different": sum(run["different"] for run in runs), "near_ties": sum(run["near_ties"] for run in runs), "runs": runs,
     }  # fmt: skip
 
 
-def _outputs(engines: Engines, scheduler: Scheduler, answers: list[Answer], size: int, advance) -> tuple[list, Loop]:
+def reference(engines: Engines, answers: list[Answer], advance: Callable[[], None] = lambda: None) -> Reference:
+    """The target alone, one request at a time. Raises ValueError when a request fails."""
+    return Reference(answers, _outputs(engines, NoDraft(), answers, 1, advance)[0])
+
+
+def difference(
+    engines: Engines, alone: Reference, size: int, scheduler: Scheduler, near_tie: float, advance: Callable[[], None] = lambda: None
+) -> dict:
+    """The same requests with `scheduler`, `size` at once, against the reference: counts, and where outputs part."""
+    outputs, loop = _outputs(engines, scheduler, alone.answers, size, advance)
+    gaps = []
+    for answer, want, have in zip(alone.answers, alone.outputs, outputs):
+        if want == have:
+            continue
+        at = next((k for k, (a, b) in enumerate(zip(want, have)) if a != b), min(len(want), len(have)))
+        gap = top_gap(engines, [*answer.request.prompt_ids, *want[:at]])
+        gaps.append({"line": answer.line, "at": at, "gap": gap})
+    near = sum(g["gap"] < near_tie for g in gaps)
+    return {
+        "batch": size, "equal": len(outputs) - len(gaps), "different": len(gaps) - near, "near_ties": near,
+        "acceptance_length": loop.metrics.acceptance_length, "differences": gaps,
+    }  # fmt: skip
+
+
+def _outputs(
+    engines: Engines, scheduler: Scheduler, answers: list[Answer], size: int, advance: Callable[[], None]
+) -> tuple[list[list[int]], Loop]:
     loop = Loop(engines, scheduler, max_requests=size)
-    copies = []
-    for i, answer in enumerate(answers):
-        request = replace(answer.request, id=i, params=replace(answer.request.params, temperature=0.0))
-        copies.append(Answer(answer.line, answer.id, request))
+    copies = [Answer(a.line, a.id, replace(a.request, id=i)) for i, a in enumerate(answers)]
     decode_all(loop, copies, lambda answer: advance())
     if failed := [a.error for a in copies if a.error]:
         raise ValueError(failed[0])

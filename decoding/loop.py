@@ -11,19 +11,22 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Callable, Hashable
+from typing import Hashable
 
 import numpy as np
 from numpy import ndarray
 
 from engines import Engines
-from engines.base import ConfidenceBatch, MarkovBatch, MarkovResult, TargetResult, VerifyBatch, VerifyResult
+from engines.base import TargetResult
+from engines.pack import pack_target
 
-from .metrics import Metrics
-from .pack import pack_backbone, pack_target
-from .random import ACCEPT, DRAFT, NEXT
+from .drafter import Draft, Drafter
+from .judge import Judge, Verdicts
+from .metrics import Metrics, Split
 from .request import Limits, Request, RequestError, Sequence, validate
-from .schedule import RoundState, Scheduler
+from .schedule import Scheduler
+from .trace import Observer, RoundTrace
+from .twins import Twins
 
 # Decode rows and long prefill chunks share one target pass unless more than this many (empty slots x cache positions)
 # would be attended for nothing; then they take two passes, which read the weights twice.
@@ -44,6 +47,7 @@ class Output:
     """New tokens of one request. finish_reason: None (more to come), "stop", "length", "cancelled" or "error".
 
     stats is None where no verify round took place (the prefill pass gives the first token, cancellation none).
+    log_probs: one for each of token_ids, of the target's own distribution; None where they were not asked for.
     """
 
     request_id: Hashable
@@ -51,15 +55,7 @@ class Output:
     finish_reason: str | None = None
     stats: RoundStats | None = None
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """markov's result for all R rows; drafted [R] bool: rows whose block is a real one; num_draft [R]: admitted."""
-
-    block: MarkovResult
-    drafted: ndarray
-    num_draft: ndarray
+    log_probs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,15 @@ class _Pass:
 class Loop:
     """Decodes up to `max_requests` requests at once, `token_budget` tokens a step (decode first, then prefill)."""
 
-    def __init__(self, engines: Engines, scheduler: Scheduler, max_requests: int = 16, token_budget: int = 512):
+    def __init__(
+        self,
+        engines: Engines,
+        scheduler: Scheduler,
+        max_requests: int = 16,
+        token_budget: int = 512,
+        accept: str = "rejection",
+        observers: tuple[Observer, ...] = (),
+    ):
         if max_requests < 1:
             raise ValueError(f"max_requests is {max_requests}; it must be 1 or more.")
         if token_budget < 1:
@@ -81,17 +85,19 @@ class Loop:
         self.engines, self.scheduler = engines, scheduler
         self.max_requests, self.token_budget = max_requests, token_budget
         bundle = engines.bundle
-        self.G, self.V_d, self.max_context = bundle.draft.block_size, bundle.draft.vocab_size, bundle.max_context
+        self.G, self.max_context = bundle.draft.block_size, bundle.max_context
         self.limits = Limits.of(bundle)
         self.metrics = Metrics(self.G)
-        temperatures = bundle.confidence_temperatures or (1.0,) * self.G
-        self._confidence_temperatures = np.array(temperatures, np.float32)
+        self.observers = tuple(observers)
+        wants_confidence = any(o.wants_confidence for o in self.observers)
+        self.drafter = Drafter(engines, scheduler, self.metrics, token_budget, wants_confidence)
+        self.judge = Judge(engines, self.metrics, accept)
         self._eos = frozenset(bundle.target.eos_token_ids)
         self._waiting: deque[Request] = deque()
         self._rows: list[Sequence] = []  # index = cache row
         self._cancelled: list[Hashable] = []
         self._ids: set[Hashable] = set()
-        self._empty = np.zeros((0, self.G, self.V_d), np.float32)
+        self._twins = Twins()
 
     @property
     def active(self) -> int:
@@ -102,6 +108,11 @@ class Loop:
     def waiting(self) -> int:
         """Requests not yet admitted."""
         return len(self._waiting)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the target's cache holds for the active requests."""
+        return sum(s.target_length for s in self._rows)
 
     @property
     def has_work(self) -> bool:
@@ -137,88 +148,95 @@ class Loop:
         self._cancelled = []
         self._admit()
         if self._rows:
-            outputs += self._round()
+            outputs += self._round(started)
             for row in reversed(range(len(self._rows))):
                 if self._rows[row].request.id not in self._ids:
                     self._release(row)
+        if not self._rows:
+            self._twins.idle()
+            self.scheduler.idle()
         self.metrics.steps += 1
         self.metrics.seconds += perf_counter() - started
         return outputs
 
-    def _round(self) -> list[Output]:
+    def _round(self, started: float) -> list[Output]:
+        rows, before = self._rows, self.metrics.split()
+        decode = np.array([s.decoding for s in rows])
+        self._accepted = np.zeros(len(rows), np.int64)
         try:
-            draft = self._draft()
+            draft = self.drafter.draft(rows, decode, *self._share())
             passes = self._plan(draft)
             # Between two passes a request may grow by a whole block.
-            self.engines.ensure_capacity(len(self._rows), self._longest() + max(max(work.counts) for work in passes))
+            self.engines.ensure_capacity(len(rows), self._longest() + max(max(work.counts) for work in passes))
         except Exception as error:  # an engine's failure must not end the loop
-            return self._fail(list(self._rows), error)
-        outputs: list[Output] = []
+            return self._fail(list(rows), error)
+        outputs, whole = [], True
         for work in passes:
-            members = [s for s, n in zip(self._rows[work.first_row :], work.counts) if n]
+            members = [s for s, n in zip(rows[work.first_row :], work.counts) if n]
             try:
                 outputs += self._run(work, draft)
             except Exception as error:
-                outputs += self._fail(members, error)
+                outputs, whole = outputs + self._fail(members, error), False
+        if whole and decode.any():
+            tokens = sum(sum(work.counts) for work in passes)
+            self._tell(draft, decode, tokens, before, started)
         return outputs
+
+    def _tell(self, draft: Draft | None, decode: ndarray, tokens: int, before: Split, started: float) -> None:
+        """What this step did, to the scheduler and the observers: only now, so that both see past rounds only."""
+        metrics, accepted = self.metrics, self._accepted
+        metrics.tokens += tokens
+        spent = Split(*(b - a for a, b in zip(before, metrics.split())))
+        if draft is not None:
+            self._twins.drafted()
+            self.scheduler.observe(draft.num_draft[draft.drafted], accepted[draft.drafted])
+        if tokens == int(decode.sum()) + (int(draft.num_draft.sum()) if draft is not None else 0):  # no prompt in it
+            self.scheduler.timed(1e3 * spent.draft, 1e3 * (spent.target + spent.verify))
+        if not self.observers:
+            return
+        none = np.zeros(len(decode), np.int64)
+        verified = none if draft is None else draft.num_draft
+        wide = lambda a: None if a is None else draft.spread(a)[decode]
+        trace = RoundTrace(
+            ids=[s.request.id for s, d in zip(self._rows, decode) if d],
+            drafted=none[decode] > 0 if draft is None else draft.drafted[decode],
+            confidence_logits=None if draft is None else wide(draft.confidence_logits),
+            survival=None if draft is None else wide(draft.survival),
+            verified=verified[decode],
+            accepted=accepted[decode],
+            temperature=np.array([s.temperature for s, d in zip(self._rows, decode) if d], np.float32),
+            draft_seconds=spent.draft,
+            schedule_seconds=spent.schedule,
+            target_seconds=spent.target,
+            verify_seconds=spent.verify,
+            host_seconds=perf_counter() - started - sum(spent),
+            budget=int(verified.sum()),
+            tokens=tokens,
+        )
+        for observer in self.observers:
+            observer.round(trace)
 
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < self.max_requests:
             request = self._waiting.popleft()
             speculative = request.params.speculative and self.scheduler.drafts
-            self._rows.append(Sequence(request, speculative, slack=self.G + 1))
-
-    # -- draft and schedule ------------------------------------------------------------------------------------------
-
-    def _draft(self) -> _Draft | None:
-        """The blocks of all speculative requests in decode, and how much of each is verified; None when there is none.
-
-        Waiting context is handed to the draft on the way, also for requests still in prefill (their block is ignored).
-        """
-        rows, G = self._rows, self.G
-        drafted = np.array([s.speculative and s.decoding for s in rows])
-        if not drafted.any() and max(s.pending_rows for s in rows) < 2 * self.token_budget:
-            return None
-        counts = np.array([s.pending_rows for s in rows], np.int64)
-        lengths = np.array([s.draft_length for s in rows], np.int64)
-        anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(rows, drafted)], np.int64)
-        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + G, self._longest()))
-        pieces = [s.pending for s in rows]
-        batch = pack_backbone(pieces, counts, lengths, anchors, G, self.engines.draft_capacity, self.max_context)
-        backbone = self._timed("backbone", self.engines.backbone, batch)
-        for s in rows:
-            s.injected()
-        if not drafted.any():
-            return None
-        uniforms = np.stack([s.uniforms(DRAFT, G) if d else np.zeros(G, np.float32) for s, d in zip(rows, drafted)])
-        batch = MarkovBatch(backbone.hidden, backbone.base_logits, anchors, self._temperatures(rows), uniforms)
-        block = self._timed("markov", self.engines.markov, batch)
-        return _Draft(block, drafted, self._schedule(backbone.hidden, block, drafted))
-
-    def _schedule(self, hidden: ndarray, block: MarkovResult, drafted: ndarray) -> ndarray:
-        """[R] draft tokens to verify; 0 where there is no draft."""
-        rows = [s for s, d in zip(self._rows, drafted) if d]
-        confidence = np.ones((len(rows), self.G), np.float32)
-        if self.scheduler.uses_confidence:
-            batch = ConfidenceBatch(hidden, block.markov_embeddings)
-            logits = self._timed("confidence", self.engines.confidence, batch).confidence_logits[drafted]
-            confidence = 1.0 / (1.0 + np.exp(-logits / self._confidence_temperatures))
-        state = RoundState(
-            confidence=confidence,
-            threshold=np.array(
-                [np.nan if s.request.params.threshold is None else s.request.params.threshold for s in rows]
-            ),
-            context=np.array([len(s.tokens) for s in rows]),
-            plain=sum(s.decoding for s in self._rows) - len(rows),
-            prefill=sum(s.prompt_length - s.target_length for s in self._rows if not s.decoding),
-        )
-        lengths = np.zeros(len(self._rows), np.int64)
-        lengths[drafted] = self.scheduler.lengths(state)
-        return lengths
+            twin = self._twins.take(request.params.seed) if self.scheduler.load_aware else 0
+            self._rows.append(Sequence(request, speculative, self.judge.accept, limits=self.limits, twin=twin))
 
     # -- pack and target ---------------------------------------------------------------------------------------------
 
-    def _plan(self, draft: _Draft | None) -> list[_Pass]:
+    def _share(self) -> tuple[int, int]:
+        """(prompt tokens that this step will feed beside the decode rows, draft tokens that fit into the budget then)."""
+        decode = sum(s.decoding for s in self._rows)
+        waiting = sum(s.prompt_length - s.target_length for s in self._rows if not s.decoding)
+        prefill = min(waiting, max(self.token_budget - decode, self.token_budget // 8, 1))
+        return prefill, max(self.token_budget - decode - min(waiting, max(self.token_budget // 8, 1)), 0)
+
+    def _longest(self) -> int:
+        """Cache positions of the longest active request after one more block."""
+        return max(s.target_length for s in self._rows) + self.G + 1
+
+    def _plan(self, draft: Draft | None) -> list[_Pass]:
         """Tokens fed for each row: decode rows all, prefill rows what the budget leaves; in one pass, or two where the
         empty slots beside a long chunk would cost more than reading the weights again."""
         num_draft = draft.num_draft.tolist() if draft else [0] * len(self._rows)
@@ -244,7 +262,7 @@ class Loop:
         used = [row for row, n in enumerate(counts) if n]
         return _Pass(used[0], counts[used[0] : used[-1] + 1])
 
-    def _run(self, work: _Pass, draft: _Draft | None) -> list[Output]:
+    def _run(self, work: _Pass, draft: Draft | None) -> list[Output]:
         """Target, verify and commit for the rows of one pass."""
         here = slice(work.first_row, work.first_row + len(work.counts))
         rows = self._rows[here]
@@ -254,17 +272,18 @@ class Loop:
         for i, (s, count) in enumerate(zip(rows, work.counts)):
             fed = s.tokens[s.target_length : s.target_length + count]
             if count > len(fed):  # the anchor, then the admitted draft tokens
-                fed += draft.block.draft_tokens[work.first_row + i, : count - 1].tolist()
+                fed += draft.tokens(work.first_row + i, count - 1)
             tokens.append(fed)
         lengths = np.array([s.target_length for s in rows], np.int64)
         logit_counts = np.array([self._logits_wanted(s, n) for s, n in zip(rows, work.counts)], np.int64)
         batch, starts, logit_starts = pack_target(
             tokens, lengths, logit_counts, self.engines.target_capacity, self.max_context, work.first_row
         )
-        result = self._timed("target", self.engines.target, batch)
+        result = self.metrics.timed("target", self.engines.target, batch)
         verified = None
         if len(batch.logit_rows):
-            verified = self._verify(rows, here, draft, num_draft, result, logit_counts, logit_starts)
+            first = work.first_row
+            verified = self.judge.verdicts(rows, first, draft, num_draft, result, logit_counts, logit_starts)
         return self._commit(rows, work, draft, num_draft, result, starts, logit_counts, verified)
 
     @staticmethod
@@ -274,49 +293,18 @@ class Loop:
             return count
         return int(count > 0 and s.target_length + count == s.prompt_length)
 
-    def _verify(
-        self,
-        rows: list[Sequence],
-        here: slice,
-        draft: _Draft | None,
-        num_draft: ndarray,
-        result: TargetResult,
-        logit_counts: ndarray,
-        logit_starts: ndarray,
-    ) -> VerifyResult:
-        R, G = len(rows), self.G
-        slots = np.minimum(np.arange(G + 1), np.maximum(logit_counts - 1, 0)[:, None])
-        starts = np.minimum(
-            logit_starts, len(result.logits) - 1
-        )  # rows without logits point anywhere; their result is ignored
-        temperature = self._temperatures(rows)
-        judged = draft is not None
-        batch = VerifyBatch(
-            logits=result.logits,
-            row_index=starts[:, None] + slots,
-            draft_tokens=draft.block.draft_tokens[here] if judged else np.zeros((R, G), np.int64),
-            draft_indices=draft.block.draft_indices[here] if judged else np.zeros((R, G), np.int64),
-            draft_probs=draft.block.draft_probs[here] if judged else self._no_probs(R),
-            num_draft=num_draft,
-            temperature=temperature,
-            sample_index=np.flatnonzero((temperature > 0) & (logit_counts > 0)),
-            accept_uniforms=np.stack([s.uniforms(ACCEPT, G) for s in rows]),
-            next_uniforms=np.stack([s.uniforms(NEXT, G + 1) for s in rows]),
-        )
-        return self._timed("verify", self.engines.verify, batch)
-
     # -- commit ------------------------------------------------------------------------------------------------------
 
     def _commit(
         self,
         rows: list[Sequence],
         work: _Pass,
-        draft: _Draft | None,
+        draft: Draft | None,
         num_draft: ndarray,
         result: TargetResult,
         starts: ndarray,
         logit_counts: ndarray,
-        verified: VerifyResult | None,
+        verified: Verdicts | None,
     ) -> list[Output]:
         """Advances lengths (a rejected suffix is undone by not counting it), keeps features, emits tokens."""
         outputs = []
@@ -327,9 +315,10 @@ class Loop:
             if logit_counts[i]:
                 accepted = int(verified.accepted[i])
                 if s.decoding:
+                    self._accepted[row] = accepted
                     drafted = self.G if draft is not None and draft.drafted[row] else 0
                     stats, n = RoundStats(drafted, int(num_draft[i]), accepted), accepted + 1
-                    new = draft.block.draft_tokens[row, :accepted].tolist() if accepted else []
+                    new = draft.tokens(row, accepted) if accepted else []
                     self.metrics.round(stats.drafted, stats.verified, stats.accepted)
                 new.append(int(verified.next_tokens[i]))
             if not s.decoding:
@@ -338,10 +327,10 @@ class Loop:
                 s.keep(result.features[starts[i] : starts[i] + n])
             s.target_length += n
             if new:
-                outputs.append(self._emit(s, new, stats))
+                outputs.append(self._emit(s, new, stats, verified.log_probs[i]))
         return outputs
 
-    def _emit(self, s: Sequence, new: list[int], stats: RoundStats | None) -> Output:
+    def _emit(self, s: Sequence, new: list[int], stats: RoundStats | None, log_probs: ndarray | None) -> Output:
         """Appends `new` to the request, cut after an end-of-sequence token or at max_tokens."""
         params, reason = s.request.params, None
         s.tokens += new
@@ -354,7 +343,8 @@ class Loop:
                 new, reason = new[: end + 1], "stop"
         s.emitted += len(new)
         self.metrics.emitted_tokens += len(new)
-        output = Output(s.request.id, tuple(new), reason, stats)
+        given = None if log_probs is None else tuple(log_probs[: len(new)].tolist())
+        output = Output(s.request.id, tuple(new), reason, stats, log_probs=given)
         return self._finish(output) if reason else output
 
     def _finish(self, output: Output) -> Output:
@@ -370,30 +360,9 @@ class Loop:
 
     def _release(self, row: int) -> None:
         """Frees a cache row: the last row's request moves into it."""
+        if self.scheduler.load_aware:
+            self._twins.end(self._rows[row].request.params.seed, self._rows[row].twin)
         last = self._rows.pop()
         if row < len(self._rows):
             self.engines.move_row(len(self._rows), row, last.target_length, last.draft_length)
             self._rows[row] = last
-
-    # -- small things ------------------------------------------------------------------------------------------------
-
-    def _longest(self) -> int:
-        """Cache positions of the longest active request after one more block."""
-        return max(s.target_length for s in self._rows) + self.G + 1
-
-    def _no_probs(self, R: int) -> ndarray:
-        if len(self._empty) < R:
-            self._empty = np.zeros((R, self.G, self.V_d), np.float32)
-        return self._empty[:R]
-
-    @staticmethod
-    def _temperatures(rows: list[Sequence]) -> ndarray:
-        return np.array([s.temperature for s in rows], np.float32)
-
-    def _timed(self, name: str, call: Callable[[Any], Any], batch: Any) -> Any:
-        started = perf_counter()
-        result = call(batch)
-        metrics = self.metrics
-        metrics.engine_seconds[name] = metrics.engine_seconds.get(name, 0.0) + perf_counter() - started
-        metrics.engine_calls[name] = metrics.engine_calls.get(name, 0) + 1
-        return result

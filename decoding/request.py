@@ -14,9 +14,11 @@ from numpy import ndarray
 
 from engines.bundle import Bundle
 
-from .random import PURPOSES, uniforms
+from .random import Noise, Uniforms
+from .sampling import Edits
 
 MAX_TEMPERATURE = 100.0
+ACCEPT_RULES = ("rejection", "coupled")
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature has no float32 digits left; such a request is greedy
 
 
@@ -26,8 +28,12 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to decode. temperature 0 is greedy; threshold None leaves it to the scheduler; ignore_eos decodes on to
-    max_tokens; speculative False decodes with the target alone."""
+    """How to decode; what a field does and in which order they apply: decoding/sampling.py and docs/sampling.md.
+
+    temperature 0 is greedy; threshold None leaves it to the scheduler; ignore_eos decodes on to max_tokens; speculative
+    False decodes with the target alone; accept None leaves it to the loop. bad_words: token-id tuples; logit_bias:
+    (token id, bias) pairs; both may be lists.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -35,6 +41,17 @@ class SamplingParams:
     ignore_eos: bool = False
     speculative: bool = True
     threshold: float | None = None
+    accept: str | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    return_log_probs: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,15 +65,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engines can hold: `context` bounds prompt + max_tokens."""
+    """What the engines can hold: `context` bounds prompt + max_tokens. min_tokens bans `eos_token_ids`."""
 
     context: int
     vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, bundle: Bundle) -> Limits:
         """A block is never clipped near the end, so a request's last verify pass may reach G positions past its last token."""
-        return cls(context=bundle.max_context - bundle.draft.block_size, vocab_size=bundle.target.vocab_size)
+        context = bundle.max_context - bundle.draft.block_size
+        return cls(context, bundle.target.vocab_size, tuple(bundle.target.eos_token_ids))
 
 
 def validate(request: Request, limits: Limits) -> None:
@@ -87,6 +106,63 @@ def validate(request: Request, limits: Limits) -> None:
         raise RequestError(f"seed is {p.seed}; it must lie in 0..2^64-1.")
     if p.threshold is not None and not _in_range(p.threshold, 0.0, 1.0):
         raise RequestError(f"threshold is {p.threshold}; it must lie in 0..1.")
+    _validate_sampling(p, limits)
+
+
+def _validate_sampling(p: SamplingParams, limits: Limits) -> None:
+    """Accept rule, filters, penalties, bans and biases."""
+    V = limits.vocab_size
+    if p.accept is not None and p.accept not in ACCEPT_RULES:
+        raise RequestError(f"accept is {p.accept!r}; it must be {' or '.join(ACCEPT_RULES)}.")
+    for name, low, high in (("top_k", 0, V), ("min_tokens", 0, p.max_tokens)):
+        value = getattr(p, name)
+        if not _is_int(value) or not low <= value <= high:
+            why = " (0 = off)" if name == "top_k" else " (max_tokens)"
+            raise RequestError(f"{name} is {value}; it must lie in {low}..{high}{why}.")
+    if not _in_range(p.top_p, 0.0, 1.0) or p.top_p == 0:
+        raise RequestError(f"top_p is {p.top_p}; it must be over 0 and at most 1 (1 = off).")
+    if not _in_range(p.min_p, 0.0, 1.0) or p.min_p == 1:
+        raise RequestError(f"min_p is {p.min_p}; it must be at least 0 and under 1 (0 = off).")
+    if not _in_range(p.repetition_penalty, 0.0, 10.0) or p.repetition_penalty == 0:
+        raise RequestError(f"repetition_penalty is {p.repetition_penalty}; it must be over 0 and at most 10 (1 = off).")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not _in_range(getattr(p, name), -2.0, 2.0):
+            raise RequestError(f"{name} is {getattr(p, name)}; it must lie in -2..2 (0 = off).")
+    for name in ("ignore_eos", "speculative", "return_log_probs"):
+        if not isinstance(getattr(p, name), (bool, np.bool_)):
+            raise RequestError(f"{name} is {getattr(p, name)!r}; it must be true or false.")
+    _validate_ids(p, limits)
+
+
+def _validate_ids(p: SamplingParams, limits: Limits) -> None:
+    V = limits.vocab_size
+    if not isinstance(p.logit_bias, (tuple, list)):
+        raise RequestError(f"logit_bias is {p.logit_bias!r}; it must be a list of (token id, bias) pairs.")
+    biased: set[int] = set()
+    for pair in p.logit_bias:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise RequestError(f"logit_bias holds {pair!r}; it must be a list of (token id, bias) pairs.")
+        token, bias = pair
+        if not _is_int(token) or not 0 <= token < V:
+            raise RequestError(f"logit_bias holds the token id {token!r}; every id must lie in 0..{V - 1}.")
+        if token in biased:
+            raise RequestError(f"logit_bias holds the token id {token} twice; it must hold each id once.")
+        if not _in_range(bias, -100.0, 100.0):
+            raise RequestError(f"logit_bias gives the token id {token} the bias {bias}; it must lie in -100..100.")
+        biased.add(int(token))
+    if not isinstance(p.bad_words, (tuple, list)):
+        raise RequestError(f"bad_words is {p.bad_words!r}; it must be a list of lists of token ids.")
+    for word in p.bad_words:
+        if not isinstance(word, (tuple, list)):
+            raise RequestError(f"bad_words holds {word!r}; it must be a list of lists of token ids.")
+        if not word:
+            raise RequestError("bad_words holds an empty word; each must hold at least 1 token id.")
+        for token in word:
+            if not _is_int(token) or not 0 <= token < V:
+                raise RequestError(f"bad_words holds the token id {token!r}; every id must lie in 0..{V - 1}.")
+    ends = {int(word[-1]) for word in p.bad_words} | (set(limits.eos_token_ids) if p.min_tokens else set())
+    if len(ends) >= V:
+        raise RequestError(f"bad_words and min_tokens could ban all {V} tokens at once; they must leave at least 1.")
 
 
 def _is_int(value: object) -> bool:
@@ -109,7 +185,9 @@ class Sequence:
 
     request: Request
     speculative: bool
-    slack: int  # positions past the last token that a verify block may touch
+    accept: str = "rejection"  # the loop's rule, for a request that names none
+    twin: int = 0  # tells requests in flight with equal seeds apart
+    limits: Limits = Limits(0, 0)
     tokens: list[int] = field(default_factory=list)
     target_length: int = 0
     draft_length: int = 0
@@ -117,16 +195,19 @@ class Sequence:
     pending_rows: int = 0
     emitted: int = 0
     temperature: float = 0.0
-    _table: ndarray | None = None  # [PURPOSES, positions] uniforms from the prompt's end on
 
     def __post_init__(self) -> None:
         p = self.request.params
         self.tokens = [int(t) for t in self.request.prompt_ids]
         self.prompt_length = len(self.tokens)
         self.temperature = float(p.temperature) if p.temperature >= MIN_TEMPERATURE else 0.0
-        if self.temperature > 0:
-            positions = self.prompt_length + np.arange(p.max_tokens + self.slack + 1)
-            self._table = uniforms(int(p.seed), positions[None, :], np.arange(PURPOSES)[:, None])
+        sampled = self.temperature > 0
+        self.coupled = sampled and (p.accept or self.accept) == "coupled"
+        self.drawn = sampled and not self.coupled  # judged by rejection sampling
+        self.filtered = sampled and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        self.edits = Edits.of(p, self.prompt_length, self.limits.eos_token_ids)
+        self._uniforms = Uniforms(int(p.seed), self.prompt_length, self.twin) if self.drawn else None
+        self._noise = Noise(int(p.seed), self.limits.vocab_size) if self.coupled else None
 
     @property
     def decoding(self) -> bool:
@@ -139,11 +220,16 @@ class Sequence:
         return len(self.tokens) - 1
 
     def uniforms(self, purpose: int, count: int) -> ndarray:
-        """[count] for the tokens after the newest one; zeros for a greedy request."""
-        if self._table is None:
-            return np.zeros(count, np.float32)
-        start = len(self.tokens) - self.prompt_length
-        return self._table[purpose, start : start + count]
+        """[count] ACCEPT or NEXT uniforms for the tokens after the newest one, of a request with `drawn`."""
+        return self._uniforms.judge(purpose, len(self.tokens), count)
+
+    def draft_uniforms(self, slots: int) -> ndarray:
+        """[slots] for the next draft of a request with `drawn`; to be called once a draft."""
+        return self._uniforms.draft(slots)
+
+    def noise(self, count: int) -> ndarray:
+        """[count, V] Gumbel noise for the tokens after the newest one, of a request with `coupled`."""
+        return self._noise.rows(len(self.tokens), count)
 
     def keep(self, features: ndarray) -> None:
         """Copies feature rows [n, L*d] of the newest committed context until the draft's next pass."""

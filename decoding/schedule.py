@@ -10,20 +10,33 @@ about slot k is not (the paper's Appendix A).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy import ndarray
+
+from engines import Engines
+from engines.sps import Sps
+
+
+@dataclass(frozen=True)
+class RoundLoad:
+    """What a scheduler knows before the draft is made: speculative requests in decode, plain ones beside them, prompt
+    tokens that this step feeds, mean cached length of the requests in decode."""
+
+    requests: int
+    plain: int = 0
+    prefill: int = 0
+    context: float = 0.0
 
 
 @dataclass(frozen=True)
 class RoundState:
     """What a scheduler may look at, for the R requests that have a draft in this round.
 
-    confidence [R, G]: calibrated chance that slot k is accepted given that all before it were (near 1 without a
-    confidence head). threshold [R]: the requests' own thresholds, NaN where none. context [R]: tokens each holds.
-    plain: requests decoded without a draft; prefill: prompt tokens still to be fed. The last three are for
-    load-aware schedulers, with the cost table of the bundle's manifest (`sps`).
+    confidence [R, G]: calibrated chance that slot k is accepted given that all before it were (1 where the confidence
+    engine does not run). threshold [R]: the requests' own thresholds, NaN where none. context [R]: tokens each holds.
+    plain: requests decoded without a draft; prefill: prompt tokens that this step feeds; room: draft tokens that fit
+    into the step's token budget (`none`, `fixed` and `threshold` pass over it: their text depends on nothing else).
     """
 
     confidence: ndarray
@@ -31,6 +44,7 @@ class RoundState:
     context: ndarray
     plain: int = 0
     prefill: int = 0
+    room: int = 1 << 30
 
     @property
     def survival(self) -> ndarray:
@@ -38,16 +52,39 @@ class RoundState:
         return np.cumprod(self.confidence, axis=1)
 
 
-class Scheduler(Protocol):
-    """`lengths` -> [R] int64 in 0..G. drafts, uses_confidence: whether the draft, its confidence head are run at all."""
-
-    drafts: bool
-    uses_confidence: bool
-
-    def lengths(self, state: RoundState) -> ndarray: ...
+class ScheduleError(ValueError):
+    """A scheduler that cannot be made; the message is one sentence."""
 
 
-class NoDraft:
+class Scheduler:
+    """`lengths` -> [R] int64 in 0..G. drafts, uses_confidence: whether the draft, its confidence head are run at all.
+
+    A step calls `draft`, then (when a draft was made) `lengths` and `observe`, then `timed`. Only `lengths` may look at
+    the current round's confidences.
+    """
+
+    drafts = uses_confidence = True
+    load_aware = False  # its lengths depend on more than the request itself
+    probing = False  # the last `draft` was one that only looks whether drafting pays again
+
+    def draft(self, load: RoundLoad) -> int:
+        """How many requests to draft for: load.requests = all, 0 = skip the round, fewer = a probe. Past rounds only."""
+        return load.requests
+
+    def lengths(self, state: RoundState) -> ndarray:
+        raise NotImplementedError
+
+    def observe(self, verified: ndarray, accepted: ndarray) -> None:
+        """verified [R], accepted [R] of the round that `lengths` was asked about, in its order."""
+
+    def timed(self, draft_ms: float, target_ms: float) -> None:
+        """What a step without prompt tokens took: the draft's engines (0 without a draft), target and verify."""
+
+    def idle(self) -> None:
+        """The loop has run empty: what the last rounds showed says nothing about the next request."""
+
+
+class NoDraft(Scheduler):
     """Plain decoding with the target alone."""
 
     drafts = uses_confidence = False
@@ -56,7 +93,7 @@ class NoDraft:
         return np.zeros(len(state.confidence), np.int64)
 
 
-class Fixed:
+class Fixed(Scheduler):
     """The whole block, or its first `length` tokens."""
 
     drafts, uses_confidence = True, False
@@ -71,7 +108,7 @@ class Fixed:
         return np.full(R, G if self.length is None else min(self.length, G), np.int64)
 
 
-class Threshold:
+class Threshold(Scheduler):
     """The block up to the first slot whose own confidence lies under the threshold (the reference's static rule)."""
 
     drafts = uses_confidence = True
@@ -86,15 +123,28 @@ class Threshold:
         return np.cumprod(state.confidence >= bound[:, None], axis=1).sum(axis=1).astype(np.int64)
 
 
-SCHEDULES = ("none", "fixed", "threshold")
+SCHEDULES = ("none", "fixed", "threshold", "causal", "lagged")
+LOAD_AWARE = ("causal", "lagged")
 
 
-def make(name: str, threshold: float | None = None) -> Scheduler:
-    """A scheduler by its name on the command line. Raises ValueError for an unknown one."""
+def make(name: str, threshold: float | None = None, sps: Sps | None = None) -> Scheduler:
+    """A scheduler by its name on the command line. Raises ScheduleError for an unknown one, or one that lacks its table."""
     if name == "none":
         return NoDraft()
     if name == "fixed":
         return Fixed()
     if name == "threshold":
         return Threshold() if threshold is None else Threshold(threshold)
-    raise ValueError(f"schedule is {name!r}; it must be one of {', '.join(SCHEDULES)}.")
+    if name in LOAD_AWARE:
+        from .schedule_aware import Causal, Lagged
+
+        if sps is None:
+            raise ScheduleError(f"schedule is {name!r} and needs an SPS table; run make profile (python -m engines profile).")
+        return Causal(sps) if name == "causal" else Lagged(sps)
+    raise ScheduleError(f"schedule is {name!r}; it must be one of {', '.join(SCHEDULES)}.")
+
+
+def for_engines(engines: Engines, name: str, threshold: float | None = None) -> Scheduler:
+    """make() for loaded engines, with their SPS table where the scheduler needs one. Raises BundleError for a table that
+    is missing or not of this machine."""
+    return make(name, threshold, Sps.of(engines) if name in LOAD_AWARE else None)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ENGINE_NAMES = ("target", "backbone", "markov", "confidence", "verify")
 DTYPES = ("fp32", "int8")
 _REMAKE = "export the bundle again (python -m export)"
+_RECALIBRATE = "calibrate the bundle again (make calibrate)"
 _TYPES = {int: "an integer", str: "a string", bool: "true or false", tuple: "a list", dict: "an object"}
 
 
@@ -96,6 +97,17 @@ class Bundle:
     parity: tuple[dict[str, Any], ...]
     confidence_temperatures: tuple[float, ...] | None = None
     sps: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+
+    def temperatures(self, sampled: bool) -> tuple[float, ...]:
+        """[G] temperatures of the confidence logits of sampled or of greedy requests; 1.0 in a bundle without any."""
+        own = (self.calibration or {}).get("sampled" if sampled else "greedy") or self.confidence_temperatures
+        return tuple(own or (1.0,) * self.draft.block_size)
+
+    def biases(self, sampled: bool) -> tuple[float, ...]:
+        """[G] added to the confidence logits after the temperature (calibration.bias); 0.0 in a bundle without any."""
+        bias = (self.calibration or {}).get("bias") or {}
+        return tuple(bias.get("sampled" if sampled else "greedy") or (0.0,) * self.draft.block_size)
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -133,6 +145,7 @@ class Bundle:
             parity=tuple(_get(raw, "parity", tuple, file)),
             confidence_temperatures=_temperatures(raw, file),
             sps=raw.get("sps"),
+            calibration=raw.get("calibration"),
         )
         bundle._check(file)
         if check_hashes:
@@ -153,12 +166,21 @@ class Bundle:
                 f"{file}: confidence_temperatures is {list(temperatures)}, it must be {self.draft.block_size} "
                 f"positive numbers; {_REMAKE}."
             )
+        for key in ("greedy", "sampled"):
+            self._check_calibration(file, key)
         for name, (inputs, outputs) in contract(self).items():
             spec = self.engines[name]
             for kind, want, have in (("input", inputs, spec.inputs), ("output", outputs, spec.outputs)):
                 _compare(f"{file}: engine {name}", kind, want, have)
             if not (self.folder / spec.path).is_file():
                 raise BundleError(f"{self.folder / spec.path} is missing although the manifest names it; {_REMAKE}.")
+
+    def _check_calibration(self, file: Path, key: str) -> None:
+        if self.calibration is None:
+            return
+        if not isinstance(self.calibration, dict):
+            raise BundleError(f"{file}: calibration is {self.calibration!r}, it must be an object; {_RECALIBRATE}.")
+        check_calibration(self.calibration, self, str(file), key)
 
     def _check_hashes(self) -> None:
         verdicts = _HashCache()
@@ -172,6 +194,37 @@ class Bundle:
                 if verdicts.sha256(file) != want:
                     raise BundleError(f"{file} is not the file the manifest describes (sha256 differs); {_REMAKE}.")
         verdicts.save()
+
+
+def check_calibration(calibration: dict[str, Any], bundle: Bundle, where: str, key: str) -> None:
+    """Raises BundleError when the temperatures or biases `key` (greedy | sampled) do not fit `bundle`, or when they were
+    fitted for another draft or target. `where` begins the sentence."""
+    G, bias = bundle.draft.block_size, calibration.get("bias") or {}
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf")
+    values = calibration.get(key)
+    if not isinstance(values, list) or len(values) != G or not all(number(v) and v > 0 for v in values):
+        raise BundleError(f"{where}: calibration.{key} is {values!r}, it must be {G} positive numbers; {_RECALIBRATE}.")
+    values = bias.get(key, [0.0] * G) if isinstance(bias, dict) else bias
+    if not isinstance(values, list) or len(values) != G or not all(map(number, values)):
+        raise BundleError(f"{where}: calibration.bias.{key} is {values!r}, it must be {G} finite numbers; {_RECALIBRATE}.")
+    for name, have in (("draft", bundle.draft.hash), ("target", bundle.target.hash)):
+        other = calibration.get(f"{name}_hash", have)
+        if other != have:
+            raise BundleError(
+                f"{where}: calibration was fitted for the {name} {str(other)[:12]}, the bundle's {name} is {have[:12]}; {_RECALIBRATE}."
+            )
+
+
+def update_manifest(folder: str | Path, **keys: Any) -> None:
+    """Sets top-level keys of `folder`/manifest.json; a reader sees the old file or the new one, never a part."""
+    file = Path(folder) / "manifest.json"
+    raw = {**json.loads(file.read_text()), **keys}
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(raw, indent=1) + "\n")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def contract(bundle: Bundle) -> dict[str, tuple[dict[str, tuple[str, tuple]], dict[str, tuple[str, tuple]]]]:
@@ -229,13 +282,17 @@ def contract(bundle: Bundle) -> dict[str, tuple[dict[str, tuple[str, tuple]], di
                 **({"hidden": (f32, ("R", G, hidden))} if rank and d.markov_head_type != "vanilla" else {}),
                 "base_logits": (f32, ("R", G, Vd)),
                 **({"anchor_ids": (i64, ("R",))} if rank else {}),
-                "temperature": (f32, ("R",)),
-                "uniforms": (f32, ("R", G)),
+                "sample_index": (i64, ("Rs",)),
+                "temperature": (f32, ("Rs",)),
+                "uniforms": (f32, ("Rs", G)),
+                "match_index": (i64, ("Rc",)),
+                "match_temperature": (f32, ("Rc",)),
+                "noise": (f32, ("Rc", G, V)),
             },
             {
                 "draft_tokens": (i64, ("R", G)),
                 "draft_indices": (i64, ("R", G)),
-                "draft_probs": (f32, ("R", G, Vd)),
+                "draft_probs": (f32, ("Rs", G, Vd)),
                 **embeddings,
             },
         ),
@@ -248,15 +305,36 @@ def contract(bundle: Bundle) -> dict[str, tuple[dict[str, tuple[str, tuple]], di
                 "logits": (f32, ("M", V)),
                 "row_index": (i64, ("R", G + 1)),
                 "draft_tokens": (i64, ("R", G)),
-                "draft_indices": (i64, ("R", G)),
-                "draft_probs": (f32, ("R", G, Vd)),
                 "num_draft": (i64, ("R",)),
-                "temperature": (f32, ("R",)),
+                "wide_rows": (i64, ("Mw",)),
+                "temperature": (f32, ("Mw",)),
+                "edit_at": (i64, ("E", 2)),
+                "edit_scale": (f32, ("E",)),
+                "edit_add": (f32, ("E",)),
+                "filter_rows": (i64, ("Mf",)),
+                "top_k": (i64, ("Mf",)),
+                "top_p": (f32, ("Mf",)),
+                "min_p": (f32, ("Mf",)),
+                "top_count": (i64, (1,)),
+                "match_rows": (i64, ("Mc",)),
+                "noise": (f32, ("Mc", V)),
+                "match_filtered": (i64, ("Mx",)),
                 "sample_index": (i64, ("Rs",)),
-                "accept_uniforms": (f32, ("R", G)),
-                "next_uniforms": (f32, ("R", G + 1)),
+                "sample_rows": (i64, ("Rs", G + 1)),
+                "draft_rows": (i64, ("Rs",)),
+                "draft_indices": (i64, ("Rs", G)),
+                "draft_probs": (f32, ("Rq", G, Vd)),
+                "accept_uniforms": (f32, ("Rs", G)),
+                "next_uniforms": (f32, ("Rs", G + 1)),
+                "log_prob_rows": (i64, ("Ml",)),
+                "log_prob_at": (i64, ("Ml", 2)),
             },
-            {"accepted": (i64, ("R",)), "next_tokens": (i64, ("R",))},
+            {
+                "accepted": (i64, ("R",)),
+                "next_tokens": (i64, ("R",)),
+                "complete": ("bool", ("Mf",)),
+                "log_probs": (f32, ("Ml",)),
+            },
         ),
     }
 

@@ -8,30 +8,53 @@ from __future__ import annotations
 import numpy as np
 from numpy import ndarray
 
-SMALLEST = 256
+STEP, ROOM = 64, 256
 PATIENCE = 64  # consecutive calls that a smaller capacity would have served before the caches shrink to it
 
 
 def bucket(length: int) -> int:
-    """The smallest capacity that holds `length` positions: multiples of 256, of an eighth of the length's power of two
-    above 2048. Attention reads all C positions, so steps are fine; growth copies, so they are not finer."""
-    step = max(SMALLEST, 1 << max((length - 1).bit_length() - 3, 0))
-    return max(SMALLEST, -(-length // step) * step)
+    """The smallest capacity that holds `length` positions: multiples of 64, of an eighth of the length's power of two
+    above 512. Attention reads all C positions of every row in every pass; a growth moves them once."""
+    step = max(STEP, 1 << max((length - 1).bit_length() - 3, 0))
+    return max(STEP, -(-length // step) * step)
 
 
 class Caches:
     """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Neighbouring rows are contiguous
-    memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do."""
+    memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do.
+
+    Memory is taken for the next multiple of ROOM positions, so that most steps only move rows apart within it: fresh memory
+    would cost more than the move."""
 
     def __init__(self, count: int, heads: int, head_dim: int, dtype: str = "float32"):
         self.heads, self.head_dim, self.dtype = heads, head_dim, np.dtype(dtype)
-        self.rows, self.capacity, self.generation = 1, SMALLEST, 0
+        self.rows, self.capacity, self.generation = 1, STEP, 0
         self._idle, self._wanted = 0, 0
-        self.tensors = [self._empty(1, SMALLEST) for _ in range(count)]
+        self.tensors = [self._empty(1, STEP) for _ in range(count)]
 
     def _empty(self, rows: int, capacity: int) -> ndarray:
         # Zeros, never uninitialised memory: a masked position holding NaN would still poison the softmax's product.
-        return np.zeros((rows, self.heads, capacity, self.head_dim), self.dtype)
+        room = np.zeros(rows * self.heads * self._room(capacity) * self.head_dim, self.dtype)
+        return self._shaped(room, rows, capacity)
+
+    def _shaped(self, room: ndarray, rows: int, capacity: int) -> ndarray:
+        """The tensor at the start of the flat `room`."""
+        shape = (rows, self.heads, capacity, self.head_dim)
+        return room[: np.prod(shape)].reshape(shape)
+
+    @staticmethod
+    def _room(capacity: int) -> int:
+        return -(-capacity // ROOM) * ROOM
+
+    def _move_apart(self, tensor: ndarray, capacity: int, keep: int) -> ndarray:
+        """`tensor` with another capacity in its own memory: what was beyond the old capacity is old, finite data."""
+        room, new = tensor.base, self._shaped(tensor.base, len(tensor), capacity)
+        size, step = min(self.capacity, capacity) * self.head_dim, (self.capacity * self.head_dim, capacity * self.head_dim)
+        order = range(keep * self.heads)
+        for block in reversed(order) if capacity > self.capacity else order:  # never over a block that has yet to move
+            source, destination = block * step[0], block * step[1]
+            room[destination : destination + size] = room[source : source + size]
+        return new
 
     def ensure(self, rows: int, length: int) -> None:
         """Holds `rows` rows of `length` positions, keeping the first positions of every row that stays.
@@ -52,13 +75,17 @@ class Caches:
         self._idle, self._wanted = 0, 0
         keep, common = min(self.rows, rows), min(self.capacity, capacity)
         self.generation += 1
+        if wanted == self.rows and self._room(capacity) == self._room(self.capacity):
+            self.tensors = [self._move_apart(tensor, capacity, keep) for tensor in self.tensors]
+            self.capacity = capacity
+            return
         try:
             for i, old in enumerate(self.tensors):  # one at a time, so that the peak is one tensor more
                 new = self._empty(wanted, capacity)
                 new[:keep, :, :common] = old[:keep, :, :common]
                 self.tensors[i] = new
         except MemoryError:  # half of them have moved: start afresh; who catches this has lost what the caches held
-            wanted, capacity = 1, SMALLEST
+            wanted, capacity = 1, STEP
             self.tensors = [self._empty(wanted, capacity) for _ in self.tensors]
             raise
         finally:
@@ -70,6 +97,10 @@ class Caches:
             return
         for tensor in self.tensors:
             tensor[destination, :, :length] = tensor[source, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.base.nbytes for tensor in self.tensors)
 
     def view(self, index: int, first_row: int, rows: int) -> ndarray:
         """[rows, H_kv, capacity, D] of cache `index`, contiguous, no copy."""

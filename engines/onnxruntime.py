@@ -39,10 +39,13 @@ _ORT_DTYPES = {
 class OnnxRuntimeEngines:
     """`engines.base.Engines` on ONNX Runtime. `threads`: None = the physical cores this process may use."""
 
+    verify_rows = 16  # a row's share of each step stays in the second-level cache
+
     def __init__(self, bundle: Bundle, *, threads: int | None = None, log_severity: int = 3):
         t, d = bundle.target, bundle.draft
         self.bundle = bundle
-        options = session_options(threads or physical_cores(), log_severity)
+        self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
+        options = session_options(self.threads, log_severity)
         self.target_caches = Caches(
             2 * t.num_layers, t.num_kv_heads, t.head_dim, _cache_dtype(bundle.engines["target"])
         )
@@ -59,6 +62,10 @@ class OnnxRuntimeEngines:
         return self.target_caches.capacity
 
     @property
+    def cache_bytes(self) -> int:
+        return self.target_caches.nbytes + self.draft_caches.nbytes
+
+    @property
     def draft_capacity(self) -> int:
         return self.draft_caches.capacity
 
@@ -69,7 +76,8 @@ class OnnxRuntimeEngines:
 
     def backbone(self, batch: BackboneBatch) -> BackboneResult:
         feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype["backbone"])}
-        return BackboneResult(**self._graphs["backbone"].run(feeds))
+        first_row = feeds.pop("first_row")
+        return BackboneResult(**self._graphs["backbone"].run(feeds, first_row))
 
     def markov(self, batch: MarkovBatch) -> MarkovResult:
         return MarkovResult(**self._graphs["markov"].run(batch.__dict__))

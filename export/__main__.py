@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .account import check_graphs
 from .backbone import build_backbone
-from .bundle import copy_tokenizer, draft_entry, load_models, target_entry, write_manifest, written_whole
+from .bundle import copy_tokenizer, draft_entry, kept_calibration, load_models, target_entry, write_manifest, written_whole
 from .graph import Graph
 from .heads import build_confidence, build_markov
 from .lower_onnxruntime import lower
@@ -65,9 +65,10 @@ def export(target: Path, draft: Path, out: Path, *, backend: str = "onnxruntime"
         with console.status("checking parity with PyTorch"):
             parity = check_parity(partial, graphs, target_model, draft_model, target, dtype=dtype, console=console)
         with console.status("hashing"):
+            entries = target_entry(target, target_model.config), draft_entry(draft, draft_model.config)
             write_manifest(
-                partial, graphs, target_entry(target, target_model.config), draft_entry(draft, draft_model.config),
-                backend=backend, dtype=dtype, max_context=max_context, parity=parity,
+                partial, graphs, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=parity,
+                calibration=kept_calibration(out, *entries),
             )
     console.print(f"wrote {out}")
 

@@ -33,7 +33,7 @@ def build_backbone(model: DraftModel, max_context: int, *, static_cache: int | N
     k_rows, v_rows = (head_rows(g, pad_index, KV, first, 2 * KV) for first in (0, KV))  # [R, H_kv, Q]
     groups = group_mask(g, c, mask)
 
-    context = rms_norm(w, w.linear(features, "fc", terms=0), "hidden_norm", c.rms_norm_eps)  # [F, d]
+    context = rms_norm(w, w.linear(features, "fc", int8="block"), "hidden_norm", c.rms_norm_eps)  # [F, d]
     is_anchor = g.const((np.arange(G) == 0)[None, :], "bool")
     ids = g.op("Where", is_anchor, g.op("Unsqueeze", anchor_ids, g.const([1])), g.const(model.config.mask_token_id))
     x = g.reshape(g.op("Gather", w.plain("embed_tokens.weight"), ids), -1, d)  # [R * G, d]
@@ -57,8 +57,7 @@ def build_backbone(model: DraftModel, max_context: int, *, static_cache: int | N
         x = g.op("Add", x, w.linear(g.reshape(o, -1, H * D), f"{attn}.o_proj"))
         x = g.op("Add", x, mlp(w, rms_norm(w, x, f"{layer}.post_attention_layernorm", c.rms_norm_eps), f"{layer}.mlp"))
     last = rms_norm(w, x, "norm", c.rms_norm_eps)
-    g.reshape(last, -1, G, d, out="hidden")
-    g.reshape(w.linear(last, "lm_head"), -1, G, model.config.vocab_out, out="base_logits")
+    w.linear(g.reshape(last, -1, G, d, out="hidden"), "lm_head", out="base_logits")
     g.output("hidden", "float32", ("R", G, d))
     g.output("base_logits", "float32", ("R", G, model.config.vocab_out))
     if static_cache is not None:

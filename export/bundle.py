@@ -21,7 +21,7 @@ from training.target import DecoderConfig, TargetModel
 
 from .graph import OPSET, Graph
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_MAX_CONTEXT = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BUILDER_PACKAGES = ("onnx", "onnxruntime", "torch")
@@ -107,8 +107,9 @@ def file_hash(path: Path) -> str:
 
 
 def write_manifest(
-    bundle: Path, graphs: list[Graph], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int, parity: list[dict]
-) -> None:
+    bundle: Path, graphs: list[Graph], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int, parity: list[dict],
+    calibration: dict | None = None,
+) -> None:  # fmt: skip
     manifest = {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -120,8 +121,22 @@ def write_manifest(
         "engines": {g.name: engine_entry(g, bundle) for g in graphs},
         "builder": {**{name: version(name) for name in BUILDER_PACKAGES}, "opset": OPSET},
         "parity": parity,
+        **({"calibration": calibration} if calibration else {}),
     }
     (bundle / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def kept_calibration(out: Path, target: dict, draft: dict) -> dict | None:
+    """The calibration of the bundle that `out` holds now, where it was fitted for these two checkpoints; else None.
+
+    target, draft: the new manifest's entries. A change of precision or of a graph does not undo it: it corrects the head."""
+    try:
+        calibration = json.loads((out / "manifest.json").read_text())["calibration"]
+        hashes = calibration["draft_hash"], calibration["target_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    same_block = len(calibration.get("sampled") or ()) == draft["block_size"]
+    return calibration if same_block and hashes == (draft["hash"], target["hash"]) else None
 
 
 def copy_tokenizer(target: Path, bundle: Path) -> None:

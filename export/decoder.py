@@ -28,17 +28,17 @@ class Weights:
         """The tensor as it is."""
         return self.graph.weight(name, self.array(name), (name,))
 
-    def linear(self, x: str, *layers: str, terms: int = 1, out: str | int = 1) -> str:
+    def linear(self, x: str, *layers: str, int8: str | None = "row", out: str | int = 1) -> str:
         """x [rows, in] -> [rows, sum of outs]: the named nn.Linear layers side by side, as one MatMul.
 
-        terms: int8 terms of the activations under the int8 pass (export/quantize.py); 0 = stays float32.
+        int8: the form it takes in the int8 pass ("row" or "block", export/quantize.py); None = stays float32.
         """
         g = self.graph
         sources = tuple(f"{layer}.weight" for layer in layers)
         name = ".".join([layers[0], *(layer.rsplit(".", 1)[-1] for layer in layers[1:])])
         weight = g.weight(f"{name}.T", np.concatenate([self.array(s) for s in sources]).T, sources)
-        if terms:
-            g.quantizable[weight] = terms
+        if int8:
+            g.quantizable[weight] = int8
         biases = tuple(f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.state)
         if not biases:
             return g.op("MatMul", x, weight, out=out)
@@ -101,9 +101,9 @@ def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:
     return g.op("Add", scaled, g.const(np.arange(first, first + heads)[None, :, None]))
 
 
-def mlp(w: Weights, x: str, layer: str, *, down_terms: int = 1) -> str:
+def mlp(w: Weights, x: str, layer: str, *, down_int8: str = "row") -> str:
     """x [rows, d] -> [rows, d]: down(silu(gate) * up), gate and up as one MatMul."""
     g = w.graph
     gate_up = w.linear(x, f"{layer}.gate_proj", f"{layer}.up_proj")
     gate, up = g.op("Split", gate_up, out=2, axis=-1, num_outputs=2)
-    return w.linear(g.op("Mul", g.op("Swish", gate), up), f"{layer}.down_proj", terms=down_terms)
+    return w.linear(g.op("Mul", g.op("Swish", gate), up), f"{layer}.down_proj", int8=down_int8)

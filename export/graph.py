@@ -40,7 +40,7 @@ class Graph:
     """One engine's graph under construction.
 
     `weights` maps an initializer's name to its array; `sources` maps it to the checkpoint tensors it was made of;
-    `quantizable` names the MatMul weights that the int8 pass replaces, with the terms (1 or 2) that their activations get.
+    `quantizable` names the MatMul weights that the int8 pass replaces, with their form ("row" or "block", export/quantize.py).
     """
 
     def __init__(self, name: str):
@@ -48,7 +48,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
-        self.quantizable: dict[str, int] = {}
+        self.quantizable: dict[str, str] = {}
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self._constants: dict[tuple, str] = {}

@@ -12,26 +12,33 @@ from training.draft import DraftModel
 
 from .decoder import Weights
 from .graph import Graph
+from .rows import argmax, inverse_cdf
 
-SHORT_ROW = 1024  # up to here a float32 running sum is exact enough to draw from
 ALWAYS_CONFIDENT = 20.0  # the constant logit of a draft without a confidence head
 
 
 def build_markov(model: DraftModel) -> Graph:
-    """The graph of docs/structures.md, "markov": G steps of bias, sampling (inverse CDF, argmax at temperature 0)."""
+    """The graph of docs/structures.md, "markov": G steps of bias and pick. A request's pick is the argmax; for those of
+    `sample_index` an inverse CDF at their temperature; for those of `match_index` the argmax of logits / temperature +
+    noise, the noise that the target's pick will get (docs/sampling.md)."""
     c, g = model.config, Graph("markov")
     w = Weights(g, model.state_dict())
-    G, r, V_d = c.block_size, c.markov_rank, c.vocab_out
+    G, r, V, V_d = c.block_size, c.markov_rank, c.decoder.vocab_size, c.vocab_out
     hidden = g.input("hidden", "float32", ("R", G, c.decoder.hidden_size)) if needs_hidden(model) else None
     base_logits = g.input("base_logits", "float32", ("R", G, V_d))
     anchor_ids = g.input("anchor_ids", "int64", ("R",)) if r else None
-    temperature = g.input("temperature", "float32", ("R",))
-    uniforms = g.input("uniforms", "float32", ("R", G))
-    greedy, divisor = sampling_divisor(g, temperature)
+    column = lambda x: g.op("Unsqueeze", x, g.const([1]))
+    sample_index = g.input("sample_index", "int64", ("Rs",))
+    temperature = column(g.input("temperature", "float32", ("Rs",)))
+    uniforms = g.input("uniforms", "float32", ("Rs", G))
+    match_index = g.input("match_index", "int64", ("Rc",))
+    match_temperature = column(g.input("match_temperature", "float32", ("Rc",)))
+    noise = g.input("noise", "float32", ("Rc", G, V))
     base = split_slots(g, base_logits, G)
     uniform = g.op("Split", uniforms, out=tuple(f"uniform.{k}" for k in range(G)), axis=1, num_outputs=G)
     uniform = uniform if G > 1 else (uniform,)
     to_target = g.weight("draft_to_target", model.draft_to_target().numpy(), ("d2t",)) if trimmed(model) else None
+    perturb = split_slots(g, g.op("Gather", noise, to_target, axis=2) if to_target else noise, G)
     head = MarkovSteps(w, model, hidden) if r else None
 
     previous, tokens, indices, probs, embeddings = anchor_ids, [], [], [], []
@@ -41,9 +48,11 @@ def build_markov(model: DraftModel) -> Graph:
             embedding, bias = head.step(k, previous)
             embeddings.append(g.op("Unsqueeze", embedding, g.const([1])))
             logits = g.op("Add", logits, bias)
-        p = g.op("Softmax", g.op("Div", logits, divisor), axis=-1)
-        drawn = inverse_cdf(g, p, uniform[k], V_d)
-        index = g.op("Where", greedy, g.op("ArgMax", logits, axis=-1, keepdims=1), drawn)  # [R, 1]
+        index = argmax(g, logits, V_d)  # [R, 1]
+        p = g.op("Softmax", g.op("Div", g.op("Gather", logits, sample_index), temperature), axis=-1)
+        index = g.op("ScatterElements", index, column(sample_index), inverse_cdf(g, p, uniform[k], V_d), axis=0)
+        matched = g.op("Add", g.op("Div", g.op("Gather", logits, match_index), match_temperature), perturb[k])
+        index = g.op("ScatterElements", index, column(match_index), argmax(g, matched, V_d), axis=0)
         token = g.op("Gather", to_target, index) if to_target else index
         previous = g.op("Squeeze", token, g.const([1]))
         tokens.append(token), indices.append(index), probs.append(g.op("Unsqueeze", p, g.const([1])))
@@ -52,7 +61,7 @@ def build_markov(model: DraftModel) -> Graph:
     g.op("Concat", *probs, out="draft_probs", axis=1)
     g.output("draft_tokens", "int64", ("R", G))
     g.output("draft_indices", "int64", ("R", G))
-    g.output("draft_probs", "float32", ("R", G, V_d))
+    g.output("draft_probs", "float32", ("Rs", G, V_d))
     if embeddings:
         g.op("Concat", *embeddings, out="markov_embeddings", axis=1)
         g.output("markov_embeddings", "float32", ("R", G, r))
@@ -72,52 +81,6 @@ def trimmed(model: DraftModel) -> bool:
 def split_slots(g: Graph, x: str, G: int) -> list[str]:
     """[R, G, n] -> G values [R, n]."""
     return [g.op("Gather", x, g.const(k), axis=1) for k in range(G)]
-
-
-def sampling_divisor(g: Graph, temperature: str) -> tuple[str, str]:
-    """temperature [R] -> (greedy [R, 1] bool, what the logits are divided by [R, 1]: 1 where greedy)."""
-    column = g.op("Unsqueeze", temperature, g.const([1]))
-    greedy = g.op("LessOrEqual", column, g.const(0.0, "float32"))
-    return greedy, g.op("Where", greedy, g.const(1.0, "float32"), column)
-
-
-def inverse_cdf(g: Graph, weights: str, uniform: str, size: int) -> str:
-    """weights [R, size] >= 0 (any positive total), uniform [R, 1] in [0, 1) -> [R, 1] int64, drawn in proportion.
-
-    Over one level it is the count of cdf <= u * cdf_last. A float32 running sum over a whole vocabulary would lose the
-    tail (terms under half an ulp of the sum), so a long row is drawn in two levels: a run of tokens by the runs' sums,
-    then a token in the run by what is left of the uniform. The chosen index always has a weight above zero.
-    """
-    run = run_length(size)
-    if run == size:
-        return draw(g, weights, uniform, size)[0]
-    if size % run:
-        weights = g.op("Pad", weights, g.const([0, 0, 0, -size % run]), g.const(0.0, "float32"))
-    runs = g.reshape(weights, -1, -(-size // run), run)  # -1 first: R may be 0
-    sums = g.op("ReduceSum", runs, g.const([2]), keepdims=0)  # [R, size / run]
-    chosen, target, below, cdf = draw(g, sums, uniform, -(-size // run))
-    before = g.op("ReduceMax", g.op("Where", below, cdf, g.const(0.0, "float32")), g.const([1]), keepdims=1)
-    left = g.op("Div", g.op("Sub", target, before), g.op("GatherElements", sums, chosen, axis=1))
-    left = g.op("Clip", left, g.const(0.0, "float32"), g.const(1 - 2.0**-23, "float32"))
-    inside = draw(g, g.op("GatherND", runs, chosen, batch_dims=1), left, run)[0]
-    return g.op("Add", g.op("Mul", chosen, g.const(run)), inside)
-
-
-def draw(g: Graph, weights: str, uniform: str, size: int) -> tuple[str, str, str, str]:
-    """One level: (index [R, 1] int64, u * cdf_last [R, 1], cdf <= that [R, size] bool, cdf [R, size])."""
-    cdf = g.op("CumSum", weights, g.const(1))
-    target = g.op("Mul", uniform, g.op("Gather", cdf, g.const([size - 1]), axis=1))
-    below = g.op("LessOrEqual", cdf, target)
-    count = g.op("ReduceSum", g.op("Cast", below, to=6), g.const([1]), keepdims=1)  # int32
-    return g.op("Cast", g.op("Min", count, g.const(size - 1, "int32")), to=7), target, below, cdf
-
-
-def run_length(size: int) -> int:
-    """How many tokens one run has: the whole row when it is short, else near its square root, dividing it if it can."""
-    if size <= SHORT_ROW:
-        return size
-    root = int(size**0.5)
-    return next((n for n in range(root, 8 * root) if size % n == 0), root)
 
 
 class MarkovSteps:
@@ -178,7 +141,7 @@ def build_confidence(model: DraftModel) -> Graph:
         x = hidden
         if c.confidence_head_with_markov:
             x = g.op("Concat", hidden, g.input("markov_embeddings", "float32", ("R", c.block_size, c.markov_rank)), axis=-1)
-        logits = w.linear(x, "confidence_head.proj", terms=0)
+        logits = w.linear(x, "confidence_head.proj", int8=None)
         g.op("Squeeze", logits, g.const([2]), out="confidence_logits")
     g.output("confidence_logits", "float32", ("R", c.block_size))
     g.prune()

@@ -6,9 +6,12 @@ Measured on SmolLM2-135M (two cores): see docs/decisions.md.
 
 from __future__ import annotations
 
+import numpy as np
 from onnx import NodeProto, helper
 
 from .graph import MICROSOFT, Graph
+
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in 8 bits, scaled per row and block
 
 
 def lower(g: Graph) -> None:
@@ -16,6 +19,7 @@ def lower(g: Graph) -> None:
     lower_swish(g)
     lower_skip_norms(g)
     lower_integer_matmuls(g)
+    lower_block_matmuls(g)
     g.prune()
     check_order(g)
 
@@ -61,6 +65,34 @@ def lower_integer_matmuls(g: Graph) -> None:
         rows, weight, zero_point = product.input
         inputs = [rows, weight, g.const(1.0, "float32"), node.input[1], zero_point]
         g.nodes[i] = helper.make_node("MatMulIntegerToFloat", inputs, node.output, node.name, domain=MICROSOFT)
+
+
+def lower_block_matmuls(g: Graph) -> None:
+    """MatMul by int8 weights that DequantizeLinear scales per block of inputs -> MatMulNBits with 8-bit activations."""
+    maker = {node.output[0]: node for node in g.nodes if node.op_type == "DequantizeLinear"}
+    for i, node in enumerate(g.nodes):
+        scaled = maker.get(node.input[1]) if node.op_type == "MatMul" else None
+        if scaled is None:
+            continue
+        name, scale = scaled.input
+        (K, N), blocks = g.weights[name].shape, len(g.weights[scale])
+        size = next(a.i for a in scaled.attribute if a.name == "block_size")
+        packed, scales = f"{name}.packed", f"{scale}.packed"
+        if packed not in g.weights:
+            g.weight(packed, pack_blocks(g.weights[name], blocks, size), g.sources[name])
+            g.weight(scales, g.weights[scale].T, g.sources[scale])
+        g.nodes[i] = helper.make_node(
+            "MatMulNBits", [node.input[0], packed, scales], node.output, node.name, domain=MICROSOFT,
+            K=K, N=N, bits=8, block_size=size, accuracy_level=INT8_ACTIVATIONS,
+        )
+
+
+def pack_blocks(weight: np.ndarray, blocks: int, size: int) -> np.ndarray:
+    """int8 [K, N] -> uint8 [N, blocks, size] around 128, the last block padded with zeros (128)."""
+    K, N = weight.shape
+    padded = np.zeros((blocks * size, N), np.int16)
+    padded[:K] = weight
+    return (padded.T + 128).astype(np.uint8).reshape(N, blocks, size)
 
 
 def is_residual(g: Graph, add: NodeProto) -> bool:

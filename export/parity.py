@@ -23,9 +23,10 @@ from training.draft import DraftModel
 from training.target import PackedBatch, TargetModel
 
 from .graph import Graph
-from .reference import verify_reference
+from .reference import softmax, verify_reference
 
 MASKED = np.float32(-1e30)
+RULES = ("greedy", "rejection", "coupled")
 FP32_COSINE, FP32_RELATIVE, INT8_COSINE, INT8_NORM = 0.99999, 1e-3, 0.99, 0.05
 SPLITS = ((19, 7), (5, 11), (30, 3))  # tokens of each request in the first and the second step
 TABLE_WIDTH = 124
@@ -99,7 +100,7 @@ class Parity:
     def __init__(self, folder: Path, graphs: list[Graph], target: TargetModel, draft: DraftModel, dtype: str, seed: int = 0):
         self.target, self.draft, self.dtype = target, draft, dtype
         self.rng = np.random.default_rng(seed)
-        self.G = draft.config.block_size
+        self.G, self.V = draft.config.block_size, target.config.vocab_size
         self.C = max(map(sum, SPLITS)) + 2 * self.G + max(max(s) for s in SPLITS)
         self.checks: list[Check] = []
         self.run = {}
@@ -182,18 +183,24 @@ class Parity:
         to_target = draft.draft_to_target().numpy()
         temperature = np.array([0.0, 1.0, 0.7], np.float32)
         base = draft.lm_head(hidden)
-        uniforms = rng.random((R, G), dtype=np.float32)
+        uniforms, sampled, matched = rng.random((R, G), dtype=np.float32), np.array([1]), np.array([2])
+        noise = rng.gumbel(size=(1, G, self.V)).astype(np.float32)
         got = self.run["markov"](
-            hidden=hidden.numpy(), base_logits=base.numpy(), anchor_ids=np.array(anchors), temperature=temperature, uniforms=uniforms
+            hidden=hidden.numpy(), base_logits=base.numpy(), anchor_ids=np.array(anchors), sample_index=sampled,
+            temperature=temperature[sampled], uniforms=uniforms[sampled], match_index=matched,
+            match_temperature=temperature[matched], noise=noise,
         )
         indices, tokens = got["draft_indices"], got["draft_tokens"]
         previous = torch.tensor(np.column_stack([anchors, tokens[:, :-1]]))
         logits, confidence = draft.corrected_logits(hidden, previous)
-        divisor = np.where(temperature > 0, temperature, 1)[:, None, None]
-        probs = torch.softmax(logits / torch.tensor(divisor), dim=-1).numpy()
+        logits = logits.numpy()
+        probs = softmax(logits[sampled] / temperature[sampled, None, None])
         self.compare("markov", f"{name}: draft_probs", got["draft_probs"], probs)
         self.compare("markov", f"{name}: draft_tokens", tokens, to_target[indices], exact=True)
-        wrong = sampling_errors(logits.numpy(), probs, temperature, uniforms, indices)
+        perturbed = logits.copy()
+        perturbed[matched] = logits[matched] / temperature[matched, None, None] + noise[..., to_target]
+        wrong = pick_errors(perturbed, indices)
+        wrong[sampled] = draw_errors(probs, uniforms[sampled], indices[sampled])
         self.compare("markov", f"{name}: draws outside their interval", wrong, np.zeros_like(wrong), exact=True)
         feeds = {"hidden": hidden.numpy()}
         if "markov_embeddings" in got:
@@ -207,51 +214,100 @@ class Parity:
         self.target_pass(f"{name}: verify", [[a, *row[:n]] for a, row, n in zip(anchors, tokens.tolist(), num_draft)], done, torch_caches)
         first = np.cumsum([0, *(num_draft[:-1] + 1)])
         row_index = first[:, None] + np.minimum(np.arange(G + 1), num_draft[:, None])
-        self.verify(name, self.logits, row_index, tokens, indices, got["draft_probs"], num_draft, temperature)
+        rules = ["greedy", "rejection", "coupled"]
+        self.verify(name, self.logits, row_index, tokens, indices, got["draft_probs"], num_draft, temperature, rules)
 
-    def verify(self, name, logits, row_index, draft_tokens, draft_indices, draft_probs, num_draft, temperature) -> None:
-        R, G = draft_tokens.shape
-        feeds = dict(
-            logits=logits, row_index=row_index, draft_tokens=draft_tokens, draft_indices=draft_indices, draft_probs=draft_probs,
-            num_draft=num_draft, temperature=temperature, sample_index=np.flatnonzero(temperature > 0),
-            accept_uniforms=self.rng.random((R, G), dtype=np.float32), next_uniforms=self.rng.random((R, G + 1), dtype=np.float32),
-        )
-        got = self.run["verify"](**feeds)
-        accepted, low, high = verify_reference(**feeds, draft_to_target=self.draft.draft_to_target().numpy())
-        self.compare("verify", f"{name}: accepted", got["accepted"], accepted, exact=True)
-        outside = ((got["next_tokens"] < low) | (got["next_tokens"] > high)).astype(np.int64)
-        self.compare("verify", f"{name}: next_tokens outside their interval", outside, np.zeros_like(outside), exact=True)
+    def verify(self, name, logits, row_index, draft_tokens, draft_indices, draft_probs, num_draft, temperature, rules) -> None:
+        """draft_probs: of the "rejection" requests, in their order. Two calls: with edits, filters and log-probs everywhere,
+        and without; and that the filters' result does not depend on top_count."""
+        wide = WideRows(row_index, num_draft, temperature, rules)
+        for what in ("plain", "edited"):
+            feeds = wide.feeds(logits, draft_tokens, draft_indices, draft_probs, self.rng, what == "edited")
+            got = self.run["verify"](**feeds)
+            want = verify_reference(feeds, self.draft.draft_to_target().numpy())
+            self.compare("verify", f"{name}, {what}: accepted", got["accepted"], want.accepted, exact=True)
+            outside = ((got["next_tokens"] < want.low) | (got["next_tokens"] > want.high)).astype(np.int64)
+            self.compare("verify", f"{name}, {what}: next_tokens outside their interval", outside, 0 * outside, exact=True)
+            if what == "edited":
+                firm = (want.low == want.high)[feeds["log_prob_at"][:, 0]]
+                self.compare("verify", f"{name}, {what}: log_probs", got["log_probs"][firm], want.log_probs[firm])
 
-    def random_verify(self, R: int = 64) -> None:
-        """Verify on random logits near the draft's own, so that every outcome occurs; greedy and sampled rows mixed, then
-        greedy alone (sample_index empty)."""
+    def random_verify(self, R: int = 48) -> None:
+        """Verify on random logits near the draft's own, so that every outcome occurs; rules mixed, then greedy alone."""
         G, rng, to_target = self.G, self.rng, self.draft.draft_to_target().numpy()
-        V, V_d = self.target.config.vocab_size, len(to_target)
-        R = max(4, min(R, 4_000_000 // (V * (G + 1))))
+        V, V_d = self.V, len(to_target)
+        R = max(6, min(R, 4_000_000 // (V * (G + 1))))
         logits = rng.standard_normal((R, G + 1, V), dtype=np.float32) * 4
         draft_logits = logits[:, :G][..., to_target] + 0.5 * rng.standard_normal((R, G, V_d), dtype=np.float32)
-        for case, temperature in (("random", np.where(np.arange(R) % 4, 0.5 + rng.random(R), 0)), ("random greedy", np.zeros(R))):
-            temperature = temperature.astype(np.float32)
-            scaled = draft_logits / np.where(temperature > 0, temperature, 1)[:, None, None]
-            probs = torch.softmax(torch.tensor(scaled), dim=-1).numpy()
+        for case, rules in (("random", [RULES[r % 3] for r in range(R)]), ("random greedy", ["greedy"] * R)):
+            temperature = np.array([0 if r == "greedy" else 0.5 + rng.random() for r in rules], np.float32)
+            probs = softmax(draft_logits / np.where(temperature > 0, temperature, 1)[:, None, None]).astype(np.float32)
             drawn = (probs.cumsum(-1) < rng.random((R, G, 1))).sum(-1).clip(max=V_d - 1)
             indices = np.where(temperature[:, None] > 0, drawn, draft_logits.argmax(-1))
             row_index = np.arange(R * (G + 1)).reshape(R, G + 1)
             num_draft = rng.integers(0, G + 1, R)
             row_index = np.minimum(row_index, row_index[:, :1] + num_draft[:, None])
-            self.verify(case, logits.reshape(-1, V), row_index, to_target[indices], indices, probs, num_draft, temperature)
+            own = probs[[rule == "rejection" for rule in rules]]
+            self.verify(case, logits.reshape(-1, V), row_index, to_target[indices], indices, own, num_draft, temperature, rules)
 
 
-def sampling_errors(logits, probs, temperature, uniforms, indices, tolerance: float = 1e-5) -> np.ndarray:
-    """[R, G] int64, 1 where a draw is wrong: sampled, its uniform lies outside the index's cdf interval (widened by the
-    tolerance, because float32 sums differ by their order); greedy, its logit is under the largest."""
+class WideRows:
+    """Inputs of the verify graph for requests under given rules, with or without edits, filters and log-probs."""
+
+    def __init__(self, row_index: np.ndarray, num_draft: np.ndarray, temperature: np.ndarray, rules: list[str]):
+        self.row_index, self.num_draft, self.temperature, self.rules = row_index, num_draft, temperature, rules
+
+    def feeds(self, logits, draft_tokens, draft_indices, draft_probs, rng: np.random.Generator, edited: bool) -> dict:
+        (R, G), V, f32 = draft_tokens.shape, logits.shape[1], np.float32
+        counts, rules = self.num_draft + 1, np.array(self.rules)
+        wide = np.flatnonzero((rules != "greedy") | edited)
+        firsts = np.zeros(R, np.int64)
+        firsts[wide] = np.cumsum(counts[wide]) - counts[wide]
+        rows_of = lambda requests, first: np.concatenate([[], *(first[r] + np.arange(counts[r]) for r in requests)]).astype(np.int64)
+        spread = lambda requests, values: np.repeat(np.asarray(values)[requests], counts[requests])
+        wide_rows, drawn = rows_of(wide, self.row_index[:, 0]), np.flatnonzero(rules == "rejection")
+        matched = [r for r in wide if rules[r] != "rejection"]
+        match_rows = rows_of(matched, firsts)
+        sampled = np.flatnonzero(rules != "greedy") if edited else np.zeros(0, np.int64)
+        coupled = spread(matched, rules == "coupled") if len(matched) else np.zeros(0, bool)
+        E = min(V, 40) if edited else 0
+        M = len(wide_rows)
+        edit_at = np.stack([np.repeat(np.arange(M), E), np.concatenate([rng.permutation(V)[:E] for _ in range(M)] or [[]])], 1)
+        ban = rng.random(M * E) < 0.1
+        every = np.arange(R) if edited else np.zeros(0, np.int64)
+        slots = [np.arange(counts[r]) for r in every]
+        return dict(
+            logits=logits, row_index=self.row_index, draft_tokens=draft_tokens, num_draft=self.num_draft, wide_rows=wide_rows,
+            temperature=spread(wide, np.where(self.temperature > 0, self.temperature, 1)).astype(f32),
+            edit_at=edit_at.astype(np.int64), edit_scale=(0.7 + rng.random(M * E)).astype(f32),
+            edit_add=np.where(ban, -np.inf, rng.standard_normal(M * E)).astype(f32),
+            filter_rows=rows_of(sampled, firsts), top_k=spread(sampled, rng.choice([V, min(20, V)], R)),
+            top_p=spread(sampled, rng.choice([1, 0.9], R)).astype(f32), min_p=spread(sampled, rng.choice([0, 0.01], R)).astype(f32),
+            top_count=np.array([V]), match_rows=match_rows,
+            noise=(rng.gumbel(size=(len(match_rows), V)) * coupled[:, None]).astype(f32),
+            match_filtered=np.flatnonzero(coupled & edited), sample_index=drawn,
+            sample_rows=self.row_index[drawn] - self.row_index[drawn, :1] + firsts[drawn, None], draft_rows=np.arange(len(drawn)),
+            draft_indices=draft_indices[drawn], draft_probs=draft_probs,
+            accept_uniforms=rng.random((len(drawn), G), dtype=f32), next_uniforms=rng.random((len(drawn), G + 1), dtype=f32),
+            log_prob_rows=rows_of(every, self.row_index[:, 0]),
+            log_prob_at=np.stack([np.repeat(every, counts[every]), np.concatenate([[], *slots])], 1).astype(np.int64),
+        )
+
+
+def draw_errors(probs: np.ndarray, uniforms: np.ndarray, indices: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
+    """[Rs, G] int64, 1 where a uniform lies outside its index's cdf interval (widened by the tolerance, because float32 sums
+    differ by their order)."""
     cdf = probs.astype(np.float64).cumsum(-1)
     take = lambda a: np.take_along_axis(a, indices[..., None], -1)[..., 0]
     high, mass = take(cdf), take(probs.astype(np.float64))
     u = uniforms * cdf[..., -1]
-    outside = (u < high - mass - tolerance) | (u > high + tolerance)
-    below = take(logits) < logits.max(-1) - tolerance * np.abs(logits).max()
-    return np.where(temperature[:, None] > 0, outside, below).astype(np.int64)
+    return ((u < high - mass - tolerance) | (u > high + tolerance)).astype(np.int64)
+
+
+def pick_errors(scores: np.ndarray, indices: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
+    """[R, G] int64, 1 where the index's score is under the largest."""
+    chosen = np.take_along_axis(scores, indices[..., None], -1)[..., 0]
+    return (chosen < scores.max(-1) - tolerance * np.abs(scores).max()).astype(np.int64)
 
 
 def real_tokens(target: TargetModel, folder: Path) -> list[list[int]]:

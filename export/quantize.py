@@ -1,14 +1,16 @@
-"""The int8 pass ("row8"): a graph's big MatMuls with int8 weights per output channel and activations per token.
+"""The int8 pass: a graph's big MatMuls with 8-bit weights, in one of two forms.
 
-Knows: the arithmetic below. Refuses to know: models, backends. Activations are never scaled per tensor: a token's result
-must not depend on which tokens share its pass, or greedy decoding with and without speculation would differ.
+Knows: the arithmetic below. Refuses to know: models. Activations are never scaled per tensor: a token's result must not depend
+on which tokens share its pass, or greedy decoding with and without speculation would differ.
 
+"row": weights per output channel, activations per token, one integer product over the whole row.
     m = max |x| of the row;  a = round(127 x / m) + 128 (uint8);  y = (a - 128) @ W_int8 * (column scale / 127) * m
+A row of zeros gives 0 / 0 = NaN, any finite integers, and y = 0 because m = 0. uint8 x int8 is what x86's VNNI multiplies; CPUs
+without it (AVX2 only) may saturate the products, which the parity check of the export would show.
 
-A weight in g.quantizable with 2 terms gets a second product with what the first rounding left, at 1/254 of its step: the
-activations are then as good as 15 bits. A row of zeros gives 0 / 0 = NaN, any finite integers, and y = 0 because m = 0.
-uint8 x int8 is what x86's VNNI multiplies; CPUs without it (AVX2 only) may saturate the products, which the parity check of
-the export would show.
+"block": weights (and, in ONNX Runtime's form, activations) scaled per BLOCK consecutive inputs, so that a huge channel costs
+precision in its own block only. In standard ops the weights are dequantised by DequantizeLinear and the product is float32;
+lower_onnxruntime makes the pair one MatMulNBits, whose 8-bit activations are its own affair.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from onnx import NodeProto
 from .graph import Graph
 
 ZERO_POINT = 128
-STEP, FINE_STEP = 1 / 127, 1 / 127 / 254
+STEP = 1 / 127
+BLOCK = 64  # ONNX Runtime's kernels at 128 and 256 round a single row differently from the same row in a batch; 32 is slower
 
 
 def quantize(g: Graph) -> None:
@@ -27,42 +30,44 @@ def quantize(g: Graph) -> None:
     nodes, rows = g.nodes, {}
     g.nodes = []
     for node in nodes:
-        if node.op_type == "MatMul" and node.input[1] in g.quantizable:
-            x, terms = node.input[0], g.quantizable[node.input[1]]
-            if (x, terms) not in rows:
-                rows[x, terms] = quantize_rows(g, x, terms)
-            integer_matmul(g, node, *rows[x, terms])
-        else:
+        if node.op_type != "MatMul" or node.input[1] not in g.quantizable:
             g.nodes.append(node)
+        elif g.quantizable[node.input[1]] == "block":
+            block_matmul(g, node)
+        else:
+            x = node.input[0]
+            if x not in rows:
+                rows[x] = quantize_rows(g, x)
+            row_matmul(g, node, *rows[x])
     for name in g.quantizable:
         del g.weights[name], g.sources[name]
     g.quantizable = {}
 
 
-def quantize_rows(g: Graph, x: str, terms: int) -> tuple[list[str], str]:
-    """x [rows, K] -> (one or two uint8 [rows, K] around 128, m [rows, 1])."""
-    m = g.op("ReduceMax", g.op("Abs", x), g.const([1]), keepdims=1)
-    unit, zero = g.op("Div", x, m), g.const(ZERO_POINT, "uint8")  # unit lies in [-1, 1]
-    step = g.const(STEP, "float32")
-    rows = [g.op("QuantizeLinear", unit, step, zero)]
-    if terms == 2:
-        left = g.op("Sub", unit, g.op("DequantizeLinear", rows[0], step, zero))
-        rows.append(g.op("QuantizeLinear", left, g.const(FINE_STEP, "float32"), zero))
-    return rows, m
+def quantize_rows(g: Graph, x: str) -> tuple[str, str]:
+    """x [..., K] -> (uint8 [..., K] around 128, m [..., 1])."""
+    m = g.op("ReduceMax", g.op("Abs", x), g.const([-1]), keepdims=1)
+    unit = g.op("Div", x, m)  # lies in [-1, 1]
+    return g.op("QuantizeLinear", unit, g.const(STEP, "float32"), g.const(ZERO_POINT, "uint8")), m
 
 
-def integer_matmul(g: Graph, node: NodeProto, rows: list[str], m: str) -> None:
-    """y = sum over the terms of (rows - 128) @ W_int8 * step * column scale, times m, under the MatMul's own output name."""
+def row_matmul(g: Graph, node: NodeProto, rows: str, m: str) -> None:
+    """y = (rows - 128) @ W_int8 * column scale / 127 * m, under the MatMul's own output name."""
     name = node.input[1]
     array, scale = quantize_columns(g.weights[name])
     weight = g.weight(f"{name}.int8", array, g.sources[name])
-    total = None
-    for i, (term, step) in enumerate(zip(rows, (STEP, FINE_STEP))):
-        column = g.weight(f"{name}.scale.{i}", scale * np.float32(step), g.sources[name])
-        product = g.op("Cast", g.op("MatMulInteger", term, weight, g.const(ZERO_POINT, "uint8")), to=1)
-        product = g.op("Mul", product, column)
-        total = product if total is None else g.op("Add", total, product)
-    g.op("Mul", total, m, out=node.output[0])
+    column = g.weight(f"{name}.scale", scale * np.float32(STEP), g.sources[name])
+    product = g.op("Cast", g.op("MatMulInteger", rows, weight, g.const(ZERO_POINT, "uint8")), to=1)
+    g.op("Mul", g.op("Mul", product, column), m, out=node.output[0])
+
+
+def block_matmul(g: Graph, node: NodeProto) -> None:
+    """x @ DequantizeLinear(W_int8, scale a block and column), under the MatMul's own output name."""
+    name = node.input[1]
+    array, scale = quantize_blocks(g.weights[name])
+    weight = g.weight(f"{name}.int8", array, g.sources[name])
+    scales = g.weight(f"{name}.scale", scale, g.sources[name])
+    g.op("MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0])
 
 
 def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,3 +75,9 @@ def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(weight).max(axis=0)
     scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
     return np.rint(weight / scale).astype(np.int8), scale
+
+
+def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[K, N] float32 -> int8 [K, N] in -127..127 and float32 scales [ceil(K / BLOCK), N], one a block of inputs and column."""
+    parts = [quantize_columns(weight[k : k + BLOCK]) for k in range(0, len(weight), BLOCK)]
+    return np.concatenate([array for array, _ in parts]), np.stack([scale for _, scale in parts])

@@ -14,8 +14,8 @@ from training.target import TargetModel
 from .decoder import Weights, attention, cache_write, group_mask, head_rows, mlp, rms_norm, rope_tables
 from .graph import Graph
 
-# int8 terms for the inputs of QKV and down_proj, whose few huge channels make one 8-bit step too coarse (attention sinks).
-OUTLIER_TERMS = 2
+# int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too coarse.
+OUTLIERS = "block"
 
 
 def build_target(model: TargetModel, max_context: int, *, static_cache: int | None = None) -> Graph:
@@ -45,7 +45,7 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
     for i in range(c.num_hidden_layers):
         layer = f"layers.{i}"
         h = rms_norm(w, x, f"{layer}.input_layernorm", c.rms_norm_eps)
-        qkv = w.linear(h, *(f"{layer}.self_attn.{p}_proj" for p in "qkv"), terms=OUTLIER_TERMS)
+        qkv = w.linear(h, *(f"{layer}.self_attn.{p}_proj" for p in "qkv"), int8=OUTLIERS)
         heads = g.reshape(qkv, -1, D)  # [N * (H + 2 H_kv), D]
         qk, v = g.op("Gather", heads, qk_rows), g.op("Gather", heads, v_rows)
         if c.qk_norm:
@@ -57,9 +57,9 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
             k, v = (slice_cache(g, cache, mask) for cache in (k, v))
         o = g.reshape(attention(g, c, q, k, v, groups), -1, D)  # [R * H * Q, D]
         o = g.reshape(g.op("Gather", o, out_rows), -1, H * D)  # [N, H * D]
-        x = g.op("Add", x, w.linear(o, f"{layer}.self_attn.o_proj"))
+        x = g.op("Add", x, w.linear(o, f"{layer}.self_attn.o_proj", int8=OUTLIERS))
         h = rms_norm(w, x, f"{layer}.post_attention_layernorm", c.rms_norm_eps)
-        x = g.op("Add", x, mlp(w, h, f"{layer}.mlp", down_terms=OUTLIER_TERMS))
+        x = g.op("Add", x, mlp(w, h, f"{layer}.mlp", down_int8=OUTLIERS))
         features[i] = x
     last = rms_norm(w, g.op("Gather", x, logit_rows), "norm", c.rms_norm_eps)
     w.linear(last, "lm_head", out="logits")

@@ -138,5 +138,61 @@ def evaluate(
         raise typer.Exit(1) from None
 
 
+@app.command()
+def prompts(
+    out: Annotated[Path, typer.Option(help="JSONL to write, lines with prompt and kind")],
+    count: Annotated[int, typer.Option(help="number of prompts: maths, code and chat in turn")] = 120,
+    target: Annotated[Path | None, typer.Option(help="Hugging Face folder of the target; goes with --data")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the data the head was trained on: its prompts are avoided, "
+                                                   "its held-out slice is used")] = None,
+    seed: Annotated[int, typer.Option(help="another one than the training data's")] = 2,
+) -> None:
+    """Writes prompts that the head was not trained on, for `python -m decoding record`."""
+    from training.prompts import held_out, read_prompts, write_prompts
+
+    try:
+        known, test = [], lambda prompt: False
+        if data is not None:
+            files = sorted(data.glob("prompts-*.jsonl"))
+            if not files or target is None:
+                raise ValueError(f"{data} holds no prompts-*.jsonl." if not files else "--data needs --target, whose tokens the split goes by.")
+            from training.data import is_held_out_prompt
+            from training.sampling import ChatTokens
+
+            known, chat = [p for file in files for p in read_prompts(file)], ChatTokens(target)
+            test = lambda prompt: is_held_out_prompt(chat.question(prompt.text))
+        chosen = held_out(count, seed, known, test)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_prompts(out, chosen)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"{len(chosen)} prompts, {sum(map(test, chosen))} of them from the held-out slice of the training data: {out}")
+
+
+@app.command()
+def calibrate(
+    rollouts: Annotated[Path, typer.Option(help="npz of `python -m decoding record`")],
+    out: Annotated[Path, typer.Option(help="folder for calibration.json and reliability.png")],
+    seed: Annotated[int, typer.Option(help="of the split into a half that is fitted and a half that is reported")] = 0,
+    offset: Annotated[bool, typer.Option(help="fit a bias beside each temperature; without it the paper's STS alone")] = True,
+) -> None:
+    """Fits the temperatures of the confidence head on half of the rollouts and reports calibration on the other half."""
+    import shlex
+
+    from training.calibrate import calibrate, read_rollouts, table, write
+    from training.reliability import draw
+
+    try:
+        recorded = read_rollouts(rollouts)
+        result = calibrate(recorded, offset=offset, seed=seed, command=shlex.join(["python", "-m", "training", *sys.argv[1:]]))
+        write(result, out / "calibration.json")
+        draw(recorded, result, out / "reliability.png", seed)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(table(result))
+
+
 if __name__ == "__main__":
     app()

@@ -54,7 +54,12 @@ class TargetSide:
 
 def is_held_out(sequence: Sequence) -> bool:
     """By the hash of the prompt, so that every answer to one prompt falls on the same side."""
-    prompt = np.asarray(sequence.tokens[: sequence.prompt_length], dtype=np.int32)
+    return is_held_out_prompt(sequence.tokens[: sequence.prompt_length])
+
+
+def is_held_out_prompt(tokens: list[int] | np.ndarray) -> bool:
+    """The same for a prompt's token ids [T]."""
+    prompt = np.asarray(tokens, dtype=np.int32)
     return hashlib.sha256(prompt.tobytes()).digest()[0] % HELD_OUT_SHARE == 0
 
 

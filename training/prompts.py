@@ -16,7 +16,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -163,6 +163,33 @@ def expand(template: str, rng: random.Random) -> str:
 def _digits(n: int) -> str:
     """Groups of three from five digits on: 4500, but 12,000."""
     return f"{n:,}" if abs(n) >= 10_000 else str(n)
+
+
+def held_out(
+    count: int, seed: int, known: Iterable[Prompt] = (), is_held_out: Callable[[Prompt], bool] = lambda prompt: False
+) -> list[Prompt]:
+    """`count` different prompts that no head was trained on, maths, code and chat in turn.
+
+    known: the prompts of the training data. Those of them that `is_held_out` (never trained on) come first; the rest are
+    new ones from the templates whose text is not among the known. Raises ValueError when the templates are used up.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be 1 or more.")
+    known = list(dict.fromkeys(known))
+    taken = {p.text for p in known}
+    queues = {kind: [p for p in known if p.kind == kind and is_held_out(p)] for kind in KINDS}
+    for queue in queues.values():
+        random.Random(f"{seed}-held-out").shuffle(queue)
+    rng, chosen = random.Random(f"{seed}-prompts"), []
+    for i in range(count):
+        kind = KINDS[i % len(KINDS)]
+        fresh = (Prompt(_finished(kind, rng), kind) for _ in range(1000))
+        prompt = queues[kind].pop() if queues[kind] else next((p for p in fresh if p.text not in taken), None)
+        if prompt is None:
+            raise ValueError(f"the {kind} templates give no more new prompts after {i}; ask for fewer.")
+        taken.add(prompt.text)
+        chosen.append(prompt)
+    return chosen
 
 
 def write_prompts(path: Path, items: Iterable[Prompt]) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from decoding.schedule import SCHEDULES
+
 from .repository import Settings, build
 from .runtime import Ports, ServerError
 from .server import TritonServer
@@ -16,8 +18,10 @@ from .server import TritonServer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Bundle = Annotated[Path, typer.Option(help="Folder that `python -m export` wrote.")]
-Schedule = Annotated[str, typer.Option(help="Draft tokens verified: none, fixed or threshold.")]
+Schedule = Annotated[str, typer.Option(help=f"How many draft tokens are verified: {', '.join(SCHEDULES)}.")]
 Threshold = Annotated[float, typer.Option(help="For threshold: confidence under which nothing more is verified.")]
+Accept = Annotated[str, typer.Option(help="Accept rule of requests that name none: rejection or coupled.")]
+Profile = Annotated[str, typer.Option(help="Measure step times at the start: never, missing (no table that fits), always.")]
 MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
 TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]
@@ -27,22 +31,26 @@ Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them 
 def build_command(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
-    schedule: Schedule = "fixed",
+    schedule: Schedule = Settings.schedule,
     threshold: Threshold = 0.5,
+    accept: Accept = "rejection",
+    profile: Profile = "missing",
     max_requests: MaxRequests = 16,
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
 ) -> None:
     """Write a model repository for any tritonserver with the python backend."""
     with _sentences():
-        print(build(bundle, out, Settings(schedule, threshold, max_requests, token_budget, threads)))
+        print(build(bundle, out, Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads)))
 
 
 @app.command()
 def serve(
     bundle: Bundle,
-    schedule: Schedule = "fixed",
+    schedule: Schedule = Settings.schedule,
     threshold: Threshold = 0.5,
+    accept: Accept = "rejection",
+    profile: Profile = "missing",
     max_requests: MaxRequests = 16,
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
@@ -56,7 +64,7 @@ def serve(
 ) -> None:
     """Serve a bundle on an embedded tritonserver until Ctrl-C; a dead model is found and the server started again."""
     with _sentences():
-        settings = Settings(schedule, threshold, max_requests, token_budget, threads)
+        settings = Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads)
         ports = Ports(http_port, grpc_port, metrics_port)
         server = TritonServer(bundle, settings=settings, ports=ports, address=address, drain_timeout=drain_timeout)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -46,27 +46,45 @@ class Step:
     outputs: dict[str, str] = field(default_factory=dict)
 
 
+# How a request is decoded: tensors of the fields of decoding.request.SamplingParams, under its names. logit_bias is a JSON
+# object {"token id": bias}; bad_words are texts (preprocessing makes token ids of them).
+SAMPLING = tuple(
+    Tensor(name, dtype, (-1,) if name == "bad_words" else (1,), optional=True)
+    for name, dtype in (
+        ("max_tokens", "INT32"),
+        ("min_tokens", "INT32"),
+        ("temperature", "FP32"),
+        ("top_k", "INT32"),
+        ("top_p", "FP32"),
+        ("min_p", "FP32"),
+        ("repetition_penalty", "FP32"),
+        ("presence_penalty", "FP32"),
+        ("frequency_penalty", "FP32"),
+        ("bad_words", "STRING"),
+        ("logit_bias", "STRING"),
+        ("seed", "UINT64"),
+        ("ignore_eos", "BOOL"),
+        ("return_log_probs", "BOOL"),
+        ("speculative", "BOOL"),
+        ("accept", "STRING"),
+        ("threshold", "FP32"),
+    )
+)
+
 USER_INPUTS = (
     Tensor("text_input", "STRING", (1,), optional=True),
     Tensor("messages", "STRING", (1,), optional=True),
     Tensor("input_ids", "INT32", (-1,), optional=True),
     Tensor("raw", "BOOL", (1,), optional=True),
-    Tensor("max_tokens", "INT32", (1,), optional=True),
-    Tensor("temperature", "FP32", (1,), optional=True),
-    Tensor("seed", "UINT64", (1,), optional=True),
-    Tensor("stop_words", "STRING", (-1,), optional=True),
     Tensor("stream", "BOOL", (1,), optional=True),
-    Tensor("ignore_eos", "BOOL", (1,), optional=True),
-    Tensor("speculative", "BOOL", (1,), optional=True),
-    Tensor("top_k", "INT32", (1,), optional=True),
-    Tensor("top_p", "FP32", (1,), optional=True),
-    Tensor("min_p", "FP32", (1,), optional=True),
-    Tensor("bad_words", "STRING", (-1,), optional=True),
-    Tensor("return_log_probs", "BOOL", (1,), optional=True),
+    Tensor("stop_words", "STRING", (-1,), optional=True),
+    *SAMPLING,
 )
 
-# What dspark sends for each request and round; postprocessing sends on all but uid and settings.
-ROUND = (
+# What a client gets with each response. output_log_probs: one per id of output_ids where return_log_probs was asked, else
+# none; cum_log_probs: the sum over the whole answer so far (0 when not asked).
+USER_OUTPUTS = (
+    Tensor("text_output", "STRING"),
     Tensor("output_ids", "INT32", (-1,)),
     Tensor("finish_reason", "STRING"),
     Tensor("index", "INT32"),
@@ -76,31 +94,30 @@ ROUND = (
     Tensor("total_draft_tokens", "INT32"),
     Tensor("total_accepted_draft_tokens", "INT32"),
     Tensor("accepted_per_position", "INT32", (-1,)),
+    Tensor("acceptance_rate", "FP32"),
+    Tensor("output_log_probs", "FP32", (-1,)),
+    Tensor("cum_log_probs", "FP32"),
 )
-# `settings` is what only postprocessing reads (stream, stop_words; JSON). It travels through dspark because an ensemble
-# pairs a decoupled model's response k with response k of every other step: preprocessing has just one.
+
+# Between our own models a request and a round are one tensor each: every tensor costs an allocation in each process it
+# passes, 16 streams of a fast model give a thousand rounds a second. `params`: SamplingParams, JSON. `settings`: what
+# only postprocessing reads (stream, stop_words; JSON); it travels through dspark because an ensemble pairs a decoupled
+# model's response k with response k of every other step, and preprocessing has just one. `round`: service.Round, JSON.
+PARAMS = Tensor("params", "STRING")
 SETTINGS = Tensor("settings", "STRING")
-UID = Tensor("uid", "UINT64")
+ROUND = Tensor("round", "UINT8", (-1,))
 
 PREPROCESSING = Model(
     name="preprocessing",
     inputs=USER_INPUTS,
-    outputs=(
-        Tensor("input_ids", "INT32", (-1,)),
-        Tensor("max_tokens", "INT32"),
-        Tensor("temperature", "FP32"),
-        Tensor("seed", "UINT64"),
-        Tensor("ignore_eos", "BOOL"),
-        Tensor("speculative", "BOOL"),
-        SETTINGS,
-    ),
+    outputs=(Tensor("input_ids", "INT32", (-1,)), PARAMS, SETTINGS),
     parameters=("bundle",),
 )
 
 ENGINE = Model(
     name=DSPARK,
     inputs=tuple(Tensor(t.name, t.dtype, t.dims, optional=True) for t in PREPROCESSING.outputs),
-    outputs=(*ROUND, UID, SETTINGS),
+    outputs=(ROUND,),
     control=(
         Tensor("stop", "BOOL", (1,), optional=True),
         Tensor("uid", "UINT64", (1,), optional=True),
@@ -108,15 +125,11 @@ ENGINE = Model(
     ),
     answers=(Tensor("active_requests", "INT32"), Tensor("waiting_requests", "INT32")),
     decoupled=True,
-    parameters=("bundle", "schedule", "threshold", "max_requests", "token_budget", "threads"),
+    parameters=("bundle", "schedule", "threshold", "accept", "profile", "max_requests", "token_budget", "threads"),
 )
 
 POSTPROCESSING = Model(
-    name="postprocessing",
-    inputs=(*ROUND, UID, SETTINGS),
-    outputs=(Tensor("text_output", "STRING"), *ROUND, Tensor("acceptance_rate", "FP32")),
-    decoupled=True,
-    parameters=("bundle",),
+    name="postprocessing", inputs=(ROUND,), outputs=USER_OUTPUTS, decoupled=True, parameters=("bundle",)
 )
 
 CHAIN = (PREPROCESSING, ENGINE, POSTPROCESSING)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .service import Round
 from .tensors import one
 from .text import TextStream, load_vocabulary
 
@@ -32,19 +33,12 @@ class _Stream:
     next_round: int = 0
     index: int = 0
     held_ids: list[int] = field(default_factory=list)
+    held_log_probs: list[float] = field(default_factory=list)
     held_text: str = ""
     tokens: int = 0
-    frozen: dict[str, np.ndarray] | None = None  # the statistics of the round in which a stop word was completed
+    cum_log_probs: float = 0.0
+    frozen: Round | None = None  # the round in which a stop word was completed: its statistics are the last
     stopping: bool = False
-
-
-COUNTS = (
-    "num_input_tokens",
-    "num_rounds",
-    "total_draft_tokens",
-    "total_accepted_draft_tokens",
-    "accepted_per_position",
-)
 
 
 class Postprocessor:
@@ -55,22 +49,27 @@ class Postprocessor:
         self._stop = stop
         self._streams: dict[int, _Stream] = {}
 
-    def __call__(self, arrays: dict[str, np.ndarray], *, cancelled: bool) -> dict[str, np.ndarray] | None:
+    def __call__(self, r: Round, *, cancelled: bool) -> dict[str, np.ndarray] | None:
         """One round in -> the response's tensors, or None when the client gets nothing for this round.
 
         A response has finish_reason "" until the last one; after a stop word no text and no tokens follow.
         """
-        uid, reason = int(arrays["uid"][0]), arrays["finish_reason"][0].decode()
-        stream = self._stream(uid, arrays)
+        uid, reason = r.uid, r.finish_reason
+        stream = self._stream(r)
         if stream is None:
             return None
         if cancelled and not reason and not stream.stopping:
             stream.stopping = True
             self._stop(uid)
-        text, ids = self._advance(stream, arrays, last=bool(reason))
+        text, used = stream.text.push(r.output_ids)
+        if reason:
+            text += stream.text.flush()
+        ids, log_probs = r.output_ids[:used], r.log_probs[:used]
+        stream.tokens += used
+        stream.cum_log_probs += sum(log_probs)
         if stream.text.stopped:
             if stream.frozen is None:
-                stream.frozen = {name: arrays[name] for name in COUNTS}
+                stream.frozen = r
             if not reason and not stream.stopping:
                 stream.stopping = True
                 self._stop(uid)
@@ -80,57 +79,53 @@ class Postprocessor:
             del self._streams[uid]
         if not stream.stream:
             stream.held_ids += ids
+            stream.held_log_probs += log_probs
             stream.held_text += text
             if not reason:
                 return None
-            text, ids = stream.held_text, stream.held_ids
+            text, ids, log_probs = stream.held_text, stream.held_ids, stream.held_log_probs
         elif not reason and not ids and not text:
             return None  # a heartbeat, or a round after the stop
-        response = self._response(stream, stream.frozen or arrays, text, ids, reason)
+        response = self._response(stream, stream.frozen or r, text, ids, log_probs, reason)
         stream.index += 1
         return response
 
-    def give_up(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def give_up(self, r: Round) -> dict[str, np.ndarray]:
         """Ends a request whose text could not be made: finish_reason error; its later rounds are dropped."""
-        uid = int(arrays["uid"][0])
-        stream = self._streams.pop(uid, None) or _Stream(TextStream(None, ()), stream=True)
-        if not arrays["finish_reason"][0]:
-            self._stop(uid)
-        return self._response(stream, arrays, "", [], "error")
+        stream = self._streams.pop(r.uid, None) or _Stream(TextStream(None, ()), stream=True)
+        if not r.finish_reason:
+            self._stop(r.uid)
+        return self._response(stream, r, "", [], [], "error")
 
-    def _stream(self, uid: int, arrays: dict[str, np.ndarray]) -> _Stream | None:
-        number = int(arrays["index"][0])
-        if number == 0:
-            settings = json.loads(arrays["settings"][0])
+    def _stream(self, r: Round) -> _Stream | None:
+        if r.index == 0:
+            settings = json.loads(r.settings)
             while len(self._streams) >= MAX_STREAMS:
                 self._streams.pop(next(iter(self._streams)))
-            self._streams[uid] = _Stream(TextStream(self._vocabulary, settings["stop_words"]), settings["stream"])
-        stream = self._streams.get(uid)
-        if stream is None or stream.next_round != number:
-            log.error("Round %d of request %d came out of order and is dropped.", number, uid)
+            self._streams[r.uid] = _Stream(TextStream(self._vocabulary, settings["stop_words"]), settings["stream"])
+        stream = self._streams.get(r.uid)
+        if stream is None or stream.next_round != r.index:
+            log.error("Round %d of request %d came out of order and is dropped.", r.index, r.uid)
             return None
         stream.next_round += 1
         return stream
 
     @staticmethod
-    def _advance(stream: _Stream, arrays: dict[str, np.ndarray], *, last: bool) -> tuple[str, list[int]]:
-        """(new text, the ids it used): the ids end with the one that completed a stop word."""
-        ids = arrays["output_ids"].tolist()
-        text, used = stream.text.push(ids)
-        if last:
-            text += stream.text.flush()
-        stream.tokens += used
-        return text, ids[:used]
-
-    @staticmethod
-    def _response(stream: _Stream, counts: dict[str, np.ndarray], text: str, ids: list[int], reason: str) -> dict:
-        drafted, accepted = int(counts["total_draft_tokens"][0]), int(counts["total_accepted_draft_tokens"][0])
+    def _response(stream: _Stream, r: Round, text: str, ids: list, log_probs: list, reason: str) -> dict:
+        """r: the round whose totals are shown."""
+        accepted = sum(r.accepted_per_position)
         return {
             "text_output": one(text, np.object_),
-            "output_ids": np.asarray(ids, np.int32),
+            "output_ids": np.array(ids, np.int32),
             "finish_reason": one(reason, np.object_),
             "index": one(stream.index, np.int32),
+            "num_input_tokens": one(r.num_input_tokens, np.int32),
             "num_output_tokens": one(stream.tokens, np.int32),
-            "acceptance_rate": one(accepted / drafted if drafted else 0.0, np.float32),
-            **{name: counts[name] for name in COUNTS},
+            "num_rounds": one(r.num_rounds, np.int32),
+            "total_draft_tokens": one(r.total_draft_tokens, np.int32),
+            "total_accepted_draft_tokens": one(accepted, np.int32),
+            "accepted_per_position": np.array(r.accepted_per_position, np.int32),
+            "acceptance_rate": one(accepted / r.total_draft_tokens if r.total_draft_tokens else 0.0, np.float32),
+            "output_log_probs": np.array(log_probs, np.float32),
+            "cum_log_probs": one(stream.cum_log_probs, np.float32),
         }

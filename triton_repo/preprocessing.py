@@ -15,12 +15,13 @@ from decoding.chat import ChatTokenizer
 from decoding.request import Limits, Request, RequestError, SamplingParams, validate
 from engines import Bundle
 
-from .tensors import DEFAULT_MAX_TOKENS, one
+from .description import SAMPLING
+from .tensors import DEFAULT_MAX_TOKENS, one, pack_params
 
 PROMPTS = ("text_input", "messages", "input_ids")
-# Inputs that other Triton LLM servers take: accepted while they ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (0,), "top_p": (1.0,), "min_p": (0.0,), "return_log_probs": (False,)}
-MAX_STOP_WORDS, MAX_STOP_LENGTH = 64, 1024
+MAX_WORDS, MAX_WORD_LENGTH = 64, 1024  # stop_words and bad_words; characters
+MAX_BIASES = 1024
+TEXTS = ("bad_words", "logit_bias")  # sampling tensors that are no plain value
 CHARACTERS_PER_TOKEN = 64  # longer text cannot fit the context: it is refused before it is tokenised
 
 
@@ -35,17 +36,12 @@ class Preprocessor:
     def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Tensors by name -> those of description.PREPROCESSING.outputs. Raises RequestError, in one sentence."""
         field, ids = self._prompt(arrays)
-        self._refuse_unsupported(arrays)
-        settings = {"stream": bool(_scalar(arrays, "stream", False)), "stop_words": self._stop_words(arrays)}
+        settings = {"stream": bool(_scalar(arrays, "stream", False)), "stop_words": self._words(arrays, "stop_words")}
         params = self._params(arrays, field, ids)
         validate(Request(0, ids, params), self.limits)
         return {
             "input_ids": np.asarray(ids, np.int32),
-            "max_tokens": one(params.max_tokens, np.int32),
-            "temperature": one(params.temperature, np.float32),
-            "seed": one(params.seed, np.uint64),
-            "ignore_eos": one(params.ignore_eos, np.bool_),
-            "speculative": one(params.speculative, np.bool_),
+            "params": pack_params(params),
             "settings": one(json.dumps(settings), np.object_),
         }
 
@@ -81,46 +77,71 @@ class Preprocessor:
         return self.tokenizer.encode_messages([{"role": "user", "content": text}])
 
     def _params(self, arrays: dict[str, np.ndarray], field: str, ids: tuple[int, ...]) -> SamplingParams:
-        """Defaults: greedy; max_tokens 256 or what the context leaves; a seed from the system's randomness."""
+        """Defaults: those of SamplingParams; max_tokens 256 or what the context leaves; a seed from the system."""
         if not 1 <= len(ids) < self.limits.context:
             raise RequestError(f"{field} is {len(ids)} tokens long; it must have 1..{self.limits.context - 1}.")
-        seed = _scalar(arrays, "seed", None)
-        return SamplingParams(
-            max_tokens=int(_scalar(arrays, "max_tokens", min(DEFAULT_MAX_TOKENS, self.limits.context - len(ids)))),
-            temperature=float(_scalar(arrays, "temperature", 0.0)),
-            seed=secrets.randbits(64) if seed is None else int(seed),
-            ignore_eos=bool(_scalar(arrays, "ignore_eos", False)),
-            speculative=bool(_scalar(arrays, "speculative", True)),
-        )
+        given = {t.name: _scalar(arrays, t.name, None) for t in SAMPLING if t.name in arrays and t.name not in TEXTS}
+        given.setdefault("max_tokens", min(DEFAULT_MAX_TOKENS, self.limits.context - len(ids)))
+        given.setdefault("seed", secrets.randbits(64))
+        if "accept" in given:
+            given["accept"] = _text(given["accept"], "accept") or None
+        return SamplingParams(**given, bad_words=self._bad_words(arrays), logit_bias=_biases(arrays))
 
-    def _stop_words(self, arrays: dict[str, np.ndarray]) -> list[str]:
-        raw = arrays.get("stop_words", np.array([])).reshape(-1)
-        words = [_text(word, f"stop_words[{i}]") for i, word in enumerate(raw)]
-        if len(words) > MAX_STOP_WORDS:
-            raise RequestError(f"stop_words has {len(words)} words; it must have at most {MAX_STOP_WORDS}.")
+    def _bad_words(self, arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
+        """Every token sequence that writes one of the words, with and without a space before it."""
+        sequences: dict[tuple[int, ...], None] = {}
+        for i, word in enumerate(self._words(arrays, "bad_words")):
+            spellings = self.tokenizer.spellings(word)
+            if not spellings:
+                raise RequestError(f"bad_words[{i}] is {word!r}, which no token of this model writes.")
+            sequences |= dict.fromkeys(spellings)
+        return tuple(sequences)
+
+    def _words(self, arrays: dict[str, np.ndarray], name: str) -> list[str]:
+        raw = arrays.get(name, np.array([])).reshape(-1)
+        words = [_text(word, f"{name}[{i}]") for i, word in enumerate(raw)]
+        if len(words) > MAX_WORDS:
+            raise RequestError(f"{name} has {len(words)} words; it must have at most {MAX_WORDS}.")
         for i, word in enumerate(words):
-            if not 1 <= len(word) <= MAX_STOP_LENGTH:
-                raise RequestError(f"stop_words[{i}] is {len(word)} characters long; it must be 1..{MAX_STOP_LENGTH}.")
+            if not 1 <= len(word) <= MAX_WORD_LENGTH:
+                raise RequestError(f"{name}[{i}] is {len(word)} characters long; it must be 1..{MAX_WORD_LENGTH}.")
         if words and self.tokenizer is None:
-            raise RequestError("stop_words need a tokenizer and this bundle has none.")
+            raise RequestError(f"{name} need a tokenizer and this bundle has none.")
         return words
 
-    @staticmethod
-    def _refuse_unsupported(arrays: dict[str, np.ndarray]) -> None:
-        for name, allowed in NEUTRAL.items():
-            value = _scalar(arrays, name, allowed[0])
-            if value not in allowed:
-                raise RequestError(f"{name} is {value}; it must be {allowed[0]} (other values are not supported yet).")
-        bad = [word for word in arrays.get("bad_words", np.array([])).reshape(-1) if len(word)]
-        if bad:
-            raise RequestError(f"bad_words has {len(bad)} words; it must be empty (bad words are not supported yet).")
+
+def _biases(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
+    """logit_bias, {"token id": bias} as JSON, as pairs in its order. What ids and biases may be, validate() says."""
+    text = _text(_scalar(arrays, "logit_bias", b""), "logit_bias")
+    if not text.strip():
+        return ()
+    what = 'it must be a JSON object {"token id": bias}'
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        raise RequestError(f"logit_bias is not JSON; {what}.") from None
+    if not text.lstrip().startswith("{"):
+        raise RequestError(f"logit_bias is no object; {what}.")
+    if len(pairs) > MAX_BIASES:
+        raise RequestError(f"logit_bias has {len(pairs)} entries; it must have at most {MAX_BIASES}.")
+    biases = []
+    for key, bias in pairs:
+        if not (key.isascii() and key.lstrip("-").isdigit() and len(key) <= 20):
+            raise RequestError(f"logit_bias holds the key {key[:40]!r}; a key must be a token id.")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise RequestError(f"logit_bias of token {key} is no number; it must lie in -100..100.")
+        biases.append((int(key), bias))
+    return tuple(biases)
 
 
 def _scalar(arrays: dict[str, np.ndarray], name: str, default: Any) -> Any:
-    """The value of a [1] tensor, as a Python object."""
+    """The value of a [1] tensor, as a Python object; a float32 as the shortest decimal that it is the float32 of (0.9 and
+    not 0.8999999761581421: the value that the user wrote, in messages and in the decoder)."""
     if name not in arrays:
         return default
     value = arrays[name].reshape(-1)[0]
+    if isinstance(value, np.float32):
+        return float(str(value))
     return value.item() if isinstance(value, np.generic) else value
 
 

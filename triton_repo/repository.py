@@ -7,35 +7,43 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from decoding.schedule import SCHEDULES
+from decoding.request import ACCEPT_RULES
+from decoding.schedule import LOAD_AWARE, SCHEDULES
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from .description import CHAIN, ENSEMBLE, POSTPROCESSING, USER_INPUTS, Model, Tensor, wire
 
 MODELS = Path(__file__).parent / "models"
+PROFILES = ("never", "missing", "always")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the served models are told, as parameters of their config.pbtxt.
 
-    schedule: none | fixed | threshold; threshold in 0..1: confidence under which nothing more is verified;
-    max_requests: requests decoded together; token_budget: tokens a round; threads: of the engines (0 = they choose).
+    schedule: a name of decoding.schedule.SCHEDULES; threshold in 0..1: for `threshold`, confidence under which nothing more
+    is verified; accept: rule of requests that name none; profile: when the server measures the SPS table at its start that
+    `causal` and `lagged` need (never: a missing or foreign one is an error; missing: then; always); max_requests: requests
+    decoded together; token_budget: tokens a round; threads: of the engines (0 = they choose).
     """
 
-    schedule: str = "fixed"
+    schedule: str = "lagged"
     threshold: float = 0.5
+    accept: str = "rejection"
+    profile: str = "missing"
     max_requests: int = 16
     token_budget: int = 512
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+        for name, known in (("schedule", SCHEDULES), ("accept", ACCEPT_RULES), ("profile", PROFILES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}; it must lie in 0..1.")
         if self.max_requests < 1:
@@ -45,17 +53,22 @@ class Settings:
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}; it must be 0 (the engines choose) or more.")
 
+    @property
+    def needs_table(self) -> bool:
+        """The scheduler decides by the SPS table."""
+        return self.schedule in LOAD_AWARE
+
     @classmethod
     def from_parameters(cls, values: dict[str, str]) -> "Settings":
         """From a model's string parameters (missing ones keep their defaults). Raises ValueError naming the bad one."""
-        kinds = {"schedule": str, "threshold": float, "max_requests": int, "token_budget": int, "threads": int}
         read = {}
-        for name, kind in kinds.items():
-            if name in values:
+        for field in fields(cls):
+            if field.name in values:
                 try:
-                    read[name] = kind(values[name])
+                    read[field.name] = type(field.default)(values[field.name])
                 except ValueError:
-                    raise ValueError(f"The model parameter {name} is {values[name]!r}; it must be a number.") from None
+                    value = values[field.name]
+                    raise ValueError(f"The model parameter {field.name} is {value!r}; it must be a number.") from None
         return cls(**read)
 
 

@@ -27,6 +27,7 @@ from .runtime import Ports, ServerError, Wheel, assemble_backend, command, envir
 
 EXIT_SECONDS = 15.0  # tritonserver's own bound (--exit-timeout-secs) is 10; it may miss it and exit with 1
 SERVED = 'nv_inference_request_success{model="postprocessing",version="1"}'
+SAYING = "dspark: "  # begins what the model dspark says in the log while it is loaded
 GRACE_SECONDS = 0.25  # from dspark's last response to its leaving the ensemble
 
 
@@ -119,6 +120,7 @@ class TritonServer:
 
     def _await_ready(self) -> None:
         started = heard = time.monotonic()
+        told = self.log.read_text(errors="replace").count(SAYING)  # by the servers before it
         while not self._ready():
             now = time.monotonic()
             if self.process.poll() is not None:
@@ -128,8 +130,16 @@ class TritonServer:
             if now - heard >= 2:
                 heard = now
                 self._say(f"tritonserver loads {self.bundle.name} ({now - started:.0f} s; log: {self.log})")
+            for saying in self._sayings()[told:]:
+                told, heard = told + 1, now
+                self._say(f"{self.bundle.name}: {saying}")
             time.sleep(0.05)
         control.probe(self.grpc_url, timeout=self.start_timeout)
+
+    def _sayings(self) -> list[str]:
+        """What dspark has said in the log while it was loaded."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line.split(SAYING, 1)[1].rstrip('"') for line in lines if SAYING in line]
 
     def _ready(self) -> bool:
         try:
@@ -244,6 +254,6 @@ def _reason(log: Path) -> str:
     """Why the server did not start: the sentence of the model that failed, or the last line of the log."""
     text = log.read_text(errors="replace")
     # The log escapes line breaks.
-    found = re.search(r"failed to load '\w+' version \d+: \w+: (.+?)(?:\\n|$)", text, re.M)
+    found = re.search(r"failed to load '\w+' version \d+: \w+: (?:TritonModelException: )?(.+?)(?:\\n|$)", text, re.M)
     lines = [found[1]] if found else [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().strip('";') if lines else "it left no log"

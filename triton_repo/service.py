@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from decoding.request import Request, RequestError, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -29,19 +28,20 @@ WINDOW = 4  # rounds of one request on their way to postprocessing; what comes m
 
 @dataclass(frozen=True)
 class Round:
-    """One response. output_ids: the new tokens; the totals run from the request's start; finish_reason is "" until the
-    last response (stop | length | cancelled). An empty one with finish_reason "" is a heartbeat."""
+    """One response. output_ids: the new tokens, with log_probs one for each (none where they were not asked); the totals
+    run from the request's start; finish_reason is "" until the last response (stop | length | cancelled). An empty one with
+    finish_reason "" is a heartbeat. settings: in the first response only."""
 
     uid: int
     index: int
-    output_ids: np.ndarray  # [t] int32
+    output_ids: list[int]
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
     num_rounds: int
     total_draft_tokens: int
-    total_accepted_draft_tokens: int
-    accepted_per_position: np.ndarray  # [G] int32: rounds that accepted more than k draft tokens
+    accepted_per_position: list[int]  # [G]: rounds that accepted more than k draft tokens
+    log_probs: list[float]
     settings: str
 
 
@@ -53,16 +53,43 @@ class Sink(Protocol):
     def fail(self, message: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop as the engine thread saw it. at: its end, perf_counter seconds; traces: decoding.trace.RoundTrace
+    (none of a step that only prefilled); probes: how many of it were one."""
+
+    outputs: list
+    at: float
+    seconds: float
+    active: int
+    waiting: int
+    kv_tokens: int
+    kv_bytes: int
+    probes: int
+    traces: list
+
+
 class Observer(Protocol):
     """Called by the sender thread only (metrics.py)."""
 
-    def round(self, seconds: float) -> None: ...
+    def step(self, step: Step) -> None: ...
 
-    def request(self, verified: int, accepted: int, emitted: int) -> None: ...
+    def tokens(self, stats, count: int) -> None: ...
 
-    def gauges(self, active: int, waiting: int) -> None: ...
+    def first_token(self, seconds: float, prompt_tokens: int) -> None: ...
 
-    def flush(self) -> None: ...
+    def next_tokens(self, seconds: float, count: int) -> None: ...
+
+    def ended(self, reason: str) -> None: ...
+
+
+class Traces(list):
+    """An observer of the loop that keeps what it is shown until the end of the step."""
+
+    wants_confidence = False
+
+    def round(self, trace) -> None:
+        self.append(trace)
 
 
 class Progress(Protocol):
@@ -80,27 +107,31 @@ class _Tally:
     sink: Sink
     settings: str
     prompt_tokens: int
-    accepted: np.ndarray
+    submitted: float
+    accepted: list[int]
     index: int = 0
     tokens: int = 0
     rounds: int = 0
     drafted: int = 0
     heard: float = field(default_factory=time.monotonic)
+    last_token: float | None = None
     held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up
+    held_log_probs: list[float] = field(default_factory=list)
     held_reason: str | None = None  # None: nothing is held
 
 
 class Service:
     """Runs a loop until closed. Threads start at once. A request without settings is answered round by round.
 
-    make_loop() -> decoding Loop; called again after a round failed, since the failed loop's state is unknown.
+    make_loop(observer) -> decoding Loop that shows its rounds to `observer` as well; called again after a round failed,
+    since the failed loop's state is unknown.
     block_size: G of the draft. progress: for requests that go on to postprocessing (those with settings); they keep at
     most WINDOW rounds under way. on_close: called by close() when both threads have ended.
     """
 
     def __init__(
         self,
-        make_loop: Callable[[], object],
+        make_loop: Callable[[Traces], object],
         *,
         block_size: int,
         observer: Observer | None = None,
@@ -109,7 +140,8 @@ class Service:
     ):
         self._make_loop, self._block_size, self._observer = make_loop, block_size, observer
         self._progress, self._on_close = progress, on_close
-        self._loop = make_loop()
+        self._traces, self._probes = Traces(), 0
+        self._loop = make_loop(self._traces)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
         self._uids = itertools.count(secrets.randbits(48) << 8)  # of this process: a restarted engine never repeats one
@@ -137,7 +169,7 @@ class Service:
             if self._draining:
                 raise RequestError("The server is draining and takes no new requests.")
             self._in_flight.add(uid)
-        self._commands.put(("add", uid, prompt_ids, params, sink, settings))
+        self._commands.put(("add", uid, prompt_ids, params, sink, settings, time.perf_counter()))
         return uid
 
     def stop(self, uid: int) -> None:
@@ -175,13 +207,21 @@ class Service:
                 log.exception("A decoding round failed")
                 self._outbox.put(("failed", tuple(live), f"The decoding round failed: {type(error).__name__}: {error}"))
                 live.clear()
-                self._loop = self._make_loop()
+                self._traces.clear()
+                self._probes, self._loop = 0, self._make_loop(self._traces)
                 continue
             live.difference_update(o.request_id for o in outputs if o.finish_reason)
-            seconds = time.perf_counter() - started
-            self._outbox.put(("round", outputs, seconds, self._loop.active, self._loop.waiting))
+            self._outbox.put(("step", self._report(outputs, started)))
         self._outbox.put(("failed", tuple(live), "The model is being unloaded."))
         self._outbox.put(("close",))
+
+    def _report(self, outputs: list, started: float) -> Step:
+        loop, now = self._loop, time.perf_counter()
+        traces, probes = self._traces[:], loop.metrics.probes - self._probes
+        self._traces.clear()
+        self._probes += probes
+        counts = (loop.active, loop.waiting, loop.cached_tokens, loop.engines.cache_bytes)
+        return Step(outputs, now, now - started, *counts, probes, traces)
 
     def _obey(self, live: set[int]) -> bool:
         """Takes the commands that wait (and, with nothing to decode, waits for one); False = close."""
@@ -195,13 +235,13 @@ class Service:
             if command[0] == "cancel":
                 self._cancel(command[1], live)
                 continue
-            _, uid, prompt_ids, params, sink, settings = command
-            self._outbox.put(("admitted", uid, sink, settings, len(prompt_ids)))
+            _, uid, prompt_ids, params, sink, settings, submitted = command
+            self._outbox.put(("admitted", uid, sink, settings, len(prompt_ids), submitted))
             try:
                 self._loop.add(Request(uid, prompt_ids, params))
                 live.add(uid)
             except RequestError as error:
-                self._outbox.put(("failed", (uid,), str(error)))
+                self._outbox.put(("failed", (uid,), str(error), "refused"))
             except Exception as error:
                 log.exception("A request could not be added")
                 self._outbox.put(("failed", (uid,), f"The request could not be added: {type(error).__name__}: {error}"))
@@ -215,17 +255,21 @@ class Service:
     def _send(self) -> None:
         tallies: dict[int, _Tally] = {}
         while True:
-            news = self._news(wait=0.005 if any(t.held_reason is not None for t in tallies.values()) else 0.1)
-            for kind, *rest in news:
+            for kind, *rest in self._news(self._patience(tallies)):
                 if kind == "close":
                     return
                 self._note(tallies, kind, *rest)
             self._catch_up(tallies)
             self._heartbeat(tallies)
-            if self._observer:
-                self._guard(self._observer.flush)
 
-    def _news(self, wait: float) -> list[tuple]:
+    @staticmethod
+    def _patience(tallies: dict[int, _Tally]) -> float | None:
+        """Seconds to wait for news: for ever with nobody to answer."""
+        if not tallies:
+            return None
+        return 0.005 if any(t.held_reason is not None for t in tallies.values()) else 0.1
+
+    def _news(self, wait: float | None) -> list[tuple]:
         """All that the engine thread has said, after waiting for it up to `wait` seconds."""
         news = []
         try:
@@ -237,20 +281,22 @@ class Service:
 
     def _note(self, tallies: dict[int, _Tally], kind: str, *rest) -> None:
         if kind == "admitted":
-            uid, sink, settings, prompt_tokens = rest
-            tallies[uid] = _Tally(sink, settings, prompt_tokens, np.zeros(self._block_size, np.int32))
+            uid, sink, settings, prompt_tokens, submitted = rest
+            tallies[uid] = _Tally(sink, settings, prompt_tokens, submitted, [0] * self._block_size)
             if self._progress is not None:
                 self._progress.write(uid, 0)
         elif kind == "failed":
-            for uid in rest[0]:
-                self._fail(tallies.pop(uid, None), uid, rest[1])
+            uids, message, *reason = rest
+            for uid in uids:
+                self._fail(tallies.pop(uid, None), uid, message, *reason)
         else:
-            outputs, seconds, active, waiting = rest
-            for output in outputs:
-                self._answer(tallies, output)
-            self._observe(outputs, seconds, active, waiting)
+            (step,) = rest
+            self._waiting = step.waiting
+            for output in step.outputs:
+                self._answer(tallies, output, step.at)
+            self._observe("step", step)
 
-    def _answer(self, tallies: dict[int, _Tally], output) -> None:
+    def _answer(self, tallies: dict[int, _Tally], output, at: float) -> None:
         tally = tallies.get(output.request_id)
         if tally is None:
             return
@@ -258,41 +304,55 @@ class Service:
             del tallies[output.request_id]
             self._fail(tally, output.request_id, f"The decoding round failed: {output.error}")
             return
-        tally.tokens += len(output.token_ids)
+        count = len(output.token_ids)
+        tally.tokens += count
         if output.stats is not None:
             tally.rounds += 1
             tally.drafted += output.stats.verified
-            tally.accepted[: output.stats.accepted] += 1
+            for k in range(output.stats.accepted):
+                tally.accepted[k] += 1
         tally.held += output.token_ids
+        tally.held_log_probs += output.log_probs or ()
         tally.held_reason = output.finish_reason or ""
+        self._observe("tokens", output.stats, count)
+        if count:
+            if tally.last_token is None:
+                self._observe("first_token", at - tally.submitted, tally.prompt_tokens)
+            else:
+                self._observe("next_tokens", at - tally.last_token, count)
+            tally.last_token = at
+        if output.finish_reason:
+            self._observe("ended", output.finish_reason)
 
     def _catch_up(self, tallies: dict[int, _Tally]) -> None:
         """Sends what is held for the requests whose earlier rounds have been handled."""
         for uid, tally in list(tallies.items()):
             if tally.held_reason is None or self._under_way(uid, tally) >= WINDOW:
                 continue
-            tokens, reason, tally.held, tally.held_reason = tally.held, tally.held_reason, [], None
-            self._respond(uid, tally, tokens, reason)
+            reason = tally.held_reason
+            self._respond(uid, tally, reason)
             if reason:
                 del tallies[uid]
 
     def _under_way(self, uid: int, tally: _Tally) -> int:
         return tally.index - self._progress.read(uid) if self._progress is not None and tally.settings else 0
 
-    def _respond(self, uid: int, tally: _Tally, token_ids, finish_reason: str) -> None:
+    def _respond(self, uid: int, tally: _Tally, finish_reason: str) -> None:
+        """Sends what is held; with nothing held, a heartbeat."""
         response = Round(
             uid=uid,
             index=tally.index,
-            output_ids=np.asarray(token_ids, np.int32),
+            output_ids=tally.held,
             finish_reason=finish_reason,
             num_input_tokens=tally.prompt_tokens,
             num_output_tokens=tally.tokens,
             num_rounds=tally.rounds,
             total_draft_tokens=tally.drafted,
-            total_accepted_draft_tokens=int(tally.accepted.sum()),
-            accepted_per_position=tally.accepted.copy(),
+            accepted_per_position=tally.accepted[:],
+            log_probs=tally.held_log_probs,
             settings=tally.settings if tally.index == 0 else "",
         )
+        tally.held, tally.held_log_probs, tally.held_reason = [], [], None
         tally.index += 1
         tally.heard = time.monotonic()
         self._guard(tally.sink.send, response, final=bool(finish_reason))
@@ -304,26 +364,21 @@ class Service:
         now, pause = time.monotonic(), HEARTBEAT_SECONDS * max(1, len(tallies) / 16)
         for uid, tally in tallies.items():
             if now - tally.heard >= pause and not self._under_way(uid, tally):
-                self._respond(uid, tally, (), "")
+                self._respond(uid, tally, "")
 
-    def _fail(self, tally: _Tally | None, uid: int, message: str) -> None:
+    def _fail(self, tally: _Tally | None, uid: int, message: str, reason: str = "error") -> None:
         if tally is not None:
             self._guard(tally.sink.fail, message)
+            self._observe("ended", reason)
         self._forget(uid)
 
     def _forget(self, uid: int) -> None:
         with self._lock:
             self._in_flight.discard(uid)
 
-    def _observe(self, outputs, seconds: float, active: int, waiting: int) -> None:
-        self._waiting = waiting
-        if self._observer is None:
-            return
-        self._observer.round(seconds)
-        self._observer.gauges(active, waiting)
-        for o in outputs:
-            verified, accepted = (o.stats.verified, o.stats.accepted) if o.stats else (0, 0)
-            self._observer.request(verified, accepted, len(o.token_ids))
+    def _observe(self, what: str, *news) -> None:
+        if self._observer is not None:
+            self._guard(getattr(self._observer, what), *news)
 
     @staticmethod
     def _guard(call: Callable, *args, **kwargs) -> None:
@@ -331,4 +386,4 @@ class Service:
         try:
             call(*args, **kwargs)
         except Exception:
-            log.exception("A response could not be sent")
+            log.exception("A response could not be sent, or a round not be counted")

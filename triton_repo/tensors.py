@@ -1,18 +1,20 @@
-"""Arrays at the border: reading a request's tensors, and the arrays of each response.
+"""Arrays and JSON at the borders: reading a request's tensors, and what our own models say to each other.
 
 Knows: numpy and the tensor names of description.py. Refuses to know: what a value means; Triton (pb_utils comes in).
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, fields
+
 import numpy as np
 from decoding.request import RequestError, SamplingParams
 
 from .service import Round
 
-
-PARAMS = ("max_tokens", "temperature", "seed", "ignore_eos", "speculative")
 DEFAULT_MAX_TOKENS = 256
+FIELDS = {field.name for field in fields(SamplingParams)}
 
 
 def read(pb_utils, request, names: list[str]) -> dict[str, np.ndarray]:
@@ -45,31 +47,38 @@ def one(value, dtype) -> np.ndarray:
     return np.array([value], dtype)
 
 
-def round_arrays(r: Round) -> dict[str, np.ndarray]:
-    """One round of one request, as dspark's outputs."""
-    return {
-        "output_ids": r.output_ids,
-        "finish_reason": one(r.finish_reason, np.object_),
-        "index": one(r.index, np.int32),
-        "num_input_tokens": one(r.num_input_tokens, np.int32),
-        "num_output_tokens": one(r.num_output_tokens, np.int32),
-        "num_rounds": one(r.num_rounds, np.int32),
-        "total_draft_tokens": one(r.total_draft_tokens, np.int32),
-        "total_accepted_draft_tokens": one(r.total_accepted_draft_tokens, np.int32),
-        "accepted_per_position": r.accepted_per_position,
-        "uid": one(r.uid, np.uint64),
-        "settings": one(r.settings, np.object_),
-    }
+def pack_round(r: Round) -> np.ndarray:
+    """One round of one request as dspark's output: the fields of Round in their order, a JSON list, [bytes] uint8."""
+    return np.frombuffer(json.dumps(list(vars(r).values()), separators=(",", ":")).encode(), np.uint8)
+
+
+def unpack_round(array: np.ndarray) -> Round:
+    return Round(*json.loads(array.tobytes()))
 
 
 def stop_arrays(uid: int) -> dict[str, np.ndarray]:
     return {"stop": one(True, np.bool_), "uid": one(uid, np.uint64)}
 
 
+def pack_params(params: SamplingParams) -> np.ndarray:
+    """SamplingParams as dspark's input: a JSON object of its fields."""
+    return one(json.dumps({name: value for name, value in asdict(params).items() if value is not None}), np.object_)
+
+
 def engine_request(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], SamplingParams]:
-    """dspark's request: the prompt's token ids and how to decode. Raises RequestError when there is no input_ids."""
+    """dspark's request: the prompt's token ids and how to decode. Raises RequestError when there is no input_ids, or for
+    params that are not a JSON object of SamplingParams' fields (their values are checked when the request is added)."""
     if "input_ids" not in arrays:
         raise RequestError("input_ids is missing; dspark takes token ids (text goes to the ensemble).")
-    scalars = {name: arrays[name].reshape(-1)[0].item() for name in PARAMS if name in arrays}
-    scalars.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
-    return tuple(arrays["input_ids"].reshape(-1).tolist()), SamplingParams(**scalars)
+    try:
+        given = json.loads(arrays["params"].reshape(-1)[0]) if "params" in arrays else {}
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise RequestError("params is not a JSON object.")
+    for name in given:
+        if name not in FIELDS:
+            raise RequestError(f"params holds {name!r}; its fields are {', '.join(sorted(FIELDS))}.")
+    given.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    return tuple(arrays["input_ids"].reshape(-1).tolist()), SamplingParams(**given)
+

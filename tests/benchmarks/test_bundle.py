@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from benchmarks.bundle import checkpoint_hash, ensure, stale
+from engines.bundle import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def folders(tmp_path):
     (target / "b.safetensors").write_bytes(b"two")
     (target / "a.safetensors").write_bytes(b"one")
     (draft / "model.safetensors").write_bytes(b"head")
-    manifest = {"format_version": 1, "dtype": "int8"}
+    manifest = {"format_version": FORMAT_VERSION, "dtype": "int8"}
     manifest |= {"target": {"hash": checkpoint_hash(target)}, "draft": {"hash": checkpoint_hash(draft)}}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     return target, draft, bundle
@@ -35,7 +36,7 @@ def test_hash_is_the_one_that_export_writes(folders):
 
 def test_a_fitting_bundle_is_kept(folders):
     assert stale(*folders, "int8") is None
-    assert ensure(*folders, "int8")["format_version"] == 1
+    assert ensure(*folders, "int8")["format_version"] == FORMAT_VERSION
 
 
 @pytest.mark.parametrize("name, index", [("target", 0), ("draft", 1)])
@@ -51,9 +52,9 @@ def test_other_reasons(folders):
     (bundle / "manifest.json").write_text("{}")
     assert stale(target, draft, bundle, "int8") == "its manifest cannot be read"
     (bundle / "manifest.json").write_text(
-        json.dumps({"format_version": 9, "dtype": "int8", "target": {"hash": ""}, "draft": {"hash": ""}})
+        json.dumps({"format_version": 99, "dtype": "int8", "target": {"hash": ""}, "draft": {"hash": ""}})
     )
-    assert "format version 9" in stale(target, draft, bundle, "int8")
+    assert "format version 99" in stale(target, draft, bundle, "int8")
 
 
 def test_a_missing_checkpoint_is_one_sentence(folders, capsys):

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.common import OWN_PROMPTS, Acceptance, markdown_table, median, read_items, write_result
+from benchmarks.common import KINDS, OWN_PROMPTS, Acceptance, markdown_table, median, read_items, write_result
 
 
 def test_read_items_takes_every_form_of_a_line(tmp_path):
@@ -32,6 +33,19 @@ def test_own_prompts_are_five_and_of_three_kinds():
     assert len({r["name"] for r in records}) == 5
 
 
+def test_prompts_of_the_grid_are_32_of_each_kind_and_the_head_has_seen_none_of_them():
+    texts = []
+    for kind, file in KINDS.items():
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(records) == 32 and {r["kind"] for r in records} == {kind}
+        assert [i.name for i in read_items(file)] == [f"{kind}-{n}" for n in range(1, 33)]
+        texts += [r["prompt"] for r in records]
+    assert len(set(texts)) == 96
+    data = Path(__file__).parents[2] / "training/heads/smollm2-135m-instruct/data"
+    seen = {json.loads(line)["prompt"] for file in data.glob("prompts-*.jsonl") for line in file.open(encoding="utf-8")}
+    assert len(seen) > 1000 and not seen & set(texts)
+
+
 def test_acceptance_counts_the_bonus_and_only_verified_positions():
     a = Acceptance()
     a.add(drafted=4, verified=4, accepted=4)
@@ -48,10 +62,10 @@ def test_median_of_nothing_is_not_a_number():
 
 
 def test_result_names_outside_files_without_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", "--prompts", "/somewhere/else/gsm8k.jsonl", "--quick"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", "--prompts", "/somewhere/else/gsm8k.jsonl", "--prompts", "k=/x/p.jsonl", "--quick"])
     write_result(tmp_path / "sub" / "r.json", {"rows": [1]})
     result = json.loads((tmp_path / "sub" / "r.json").read_text())
-    assert result["command"] == "python -m benchmarks.bench --prompts gsm8k.jsonl --quick"
+    assert result["command"] == "python -m benchmarks.bench --prompts gsm8k.jsonl --prompts k=p.jsonl --quick"
     assert result["rows"] == [1] and result["machine"]["cores"] >= 1 and result["date"]
 
 

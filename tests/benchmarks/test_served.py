@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import measure
+from benchmarks import remote
 from benchmarks.common import Item, encode
 from benchmarks.demo import compare, summary
-from benchmarks.inprocess import run
-from benchmarks.remote import ask, load
+from benchmarks.inprocess import run, steady
+from benchmarks.remote import ask
+from benchmarks.scheduling import table
+from benchmarks.steady import Plan
 from client import Client, ClientError
-from decoding.schedule import make
+from decoding.schedule import SCHEDULES, make
+from tests.triton.support import in_flight, wait_until
 
 ITEMS = [Item(f"p{i}", ({"role": "user", "content": text},)) for i, text in enumerate(("fox", "naïve café 🙂", "x" * 40))]
 
@@ -26,10 +29,20 @@ def test_in_process_runs_give_the_same_tokens_for_every_schedule(bundle, alone):
     }
     tokens = {schedule: [t.tokens for t in r.timings] for schedule, r in runs.items()}
     assert tokens["none"] == tokens["fixed"] == tokens["threshold"] and all(tokens["none"])
-    assert all(0 < r.outside_engines < 1 for r in runs.values())
     assert runs["none"].acceptance.verified == 0
     block = alone.engines.bundle.draft.block_size
     assert runs["fixed"].acceptance.verified == block * runs["fixed"].acceptance.rounds
+
+
+@pytest.mark.parametrize("mode", SCHEDULES)
+def test_a_steady_window_in_process(bundle, alone, mode):
+    scheduler = make(mode, sps=table())
+    for temperature in (0.0, 1.0):  # a scheduler outlives its loop
+        done = steady(alone.engines, scheduler, encode(bundle, ITEMS), Plan(3, 60, max_tokens=9, temperature=temperature))
+        assert 60 <= done["tokens"] < 60 + 3 * (alone.engines.bundle.draft.block_size + 1)
+        assert 0 < done["host_share"] < 1 and done["acceptance_length"] >= 1
+        assert done["no_draft_share"] == 1 if mode == "none" else done["no_draft_share"] <= 1
+        assert sum(done["split_ms"].values()) == pytest.approx(done["step_ms"])
 
 
 def test_each_request_of_a_run_has_a_seed_of_its_own(bundle, alone):
@@ -38,26 +51,6 @@ def test_each_request_of_a_run_has_a_seed_of_its_own(bundle, alone):
     again = run(alone.engines, make("fixed"), prompts, concurrency=1, max_tokens=12, temperature=1.0)
     assert [t.tokens for t in sampled.timings] == [t.tokens for t in again.timings]
     assert len({tuple(t.tokens) for t in sampled.timings}) > 1
-
-
-def test_measure_interleaves_the_schedules():
-    class Fake:
-        def __init__(self, value):
-            self.value = value
-
-        def summary(self):
-            return {"output_tok_s": self.value}
-
-    order = []
-
-    def runner(schedule, items, concurrency):
-        order.append((schedule, len(items)))
-        return Fake(float(len(order)))
-
-    rows = measure(runner, ITEMS, 2, repeats=3)
-    assert [s for s, _ in order] == ["none", "fixed", "threshold"] * 4
-    assert [n for _, n in order] == [2] * 3 + [3] * 9  # the warm-up is short
-    assert rows[0]["output_tok_s"] == 7.0 and rows[1]["ratio"] == pytest.approx(8 / 7, abs=1e-4)
 
 
 def test_demo_row_of_a_served_prompt(server, alone):
@@ -72,13 +65,26 @@ def test_demo_row_of_a_served_prompt(server, alone):
     assert total["first_difference"] == 4
 
 
-def test_load_answers_every_prompt(server, alone):
-    done = load(server.grpc_url, ITEMS, concurrency=3, max_tokens=8, speculative=True)
-    want = [alone.decode(i.messages[0]["content"], max_tokens=8) for i in ITEMS]
-    assert [t.tokens for t in done.timings] == want
-    assert done.acceptance.rounds > 0 and done.outside_engines is None
-    plain = load(server.grpc_url, ITEMS, concurrency=1, max_tokens=8, speculative=False)
-    assert [t.tokens for t in plain.timings] == want and plain.acceptance.verified == 0
+def test_a_steady_window_through_the_server(server):
+    plan = Plan(3, 60, max_tokens=9)
+    done = remote.steady(server.grpc_url, ITEMS, plan)
+    assert done["tokens"] >= 60 and done["verified_per_round"] > 0 and 0 <= done["rejected_share"] <= 1
+    plain = remote.steady(server.grpc_url, ITEMS, plan, speculative=False)
+    assert plain["verified_per_round"] == 0 and plain["acceptance_length"] == 1
+    assert wait_until(lambda: in_flight(server) == 0, "an idle server"), "what was cut off is gone"
+    sampled = remote.steady(server.grpc_url, ITEMS, Plan(2, 30, max_tokens=9, temperature=1.0, seed=5))
+    assert sampled["tokens"] >= 30
+
+
+def test_host_share_is_what_two_readings_leave():
+    before = {"target": 1.0, "host": 0.5}
+    assert remote.host_share(before, {"target": 4.0, "host": 1.0, "schedule": 0.5}) == 0.25
+    assert remote.host_share(before, before) is None
+
+
+def test_a_refused_window_is_the_servers_sentence(server):
+    with pytest.raises(ClientError, match="max_tokens is 0"):
+        remote.steady(server.grpc_url, ITEMS, Plan(1, 10, max_tokens=0))
 
 
 def test_a_refused_request_is_the_servers_sentence(server):

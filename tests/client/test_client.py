@@ -48,6 +48,14 @@ def test_options_reach_the_server(server, client, tmp_path):
     want = client.generate("options", **sampling)
     line = ["--max-tokens", "30", "--temperature", "0.8", "--seed", "5", "--ignore-eos", "--no-speculative"]
     assert run(server, "options", *line, text=False).stdout.decode() == want.text + "\n"
+    more = {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.5}
+    more |= {"frequency_penalty": 0.1, "min_tokens": 4, "accept": "coupled", "threshold": 0.5}
+    flags = [part for name, value in more.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    more |= {"logit_bias": {40: 2.5}, "bad_words": ["fox"], "return_log_probs": True}
+    flags += ["--logit-bias", '{"40": 2.5}', "--bad", "fox", "--log-probs"]
+    penalised, done = client.generate("options", **sampling, **more), run(server, "options", *line, *flags, text=False)
+    assert done.stdout.decode() == penalised.text + "\n" and penalised.text != want.text
+    assert done.stderr.decode().strip().endswith(f"log probability {penalised.cum_log_probs:.3f}")
     word = want.text[4:6]
     stopped = run(server, "options", *line, "--stop", "never there", "--stop", word, text=False)
     assert stopped.stdout.decode() == want.text[: want.text.index(word)] + "\n"
@@ -99,11 +107,14 @@ def test_the_stall_bound(server):
 @pytest.mark.parametrize(
     "parameters, sentence",
     [
-        ({"max_token": 5}, "max_token is not a parameter; the parameters are raw, max_tokens, "),
+        ({"max_token": 5}, "max_token is not a parameter; the parameters are raw, stop_words, "),
         ({"max_tokens": 1.5}, "max_tokens is 1.5; it must be one INT32 value."),
         ({"max_tokens": [1, 2]}, "max_tokens is [1, 2]; it must be one INT32 value."),
         ({"seed": -1}, "seed is -1; it must be one UINT64 value."),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be one FP32 value."),
+        ({"bad_words": [5]}, "bad_words is [5]; it must be a list of texts."),
+        ({"logit_bias": [(5, 1.0)]}, "logit_bias is [(5, 1.0)]; it must be a dict {token id: bias}."),
+        ({"accept": True}, "accept is True; it must be text."),
     ],
 )
 def test_parameters_that_do_not_fit(parameters, sentence):

@@ -11,7 +11,7 @@ from decoding.compare import next_logits
 from decoding.loop import Loop
 from decoding.random import ACCEPT, DRAFT
 from decoding.request import Request, SamplingParams, Sequence
-from decoding.schedule import Fixed, NoDraft, Threshold
+from decoding.schedule import Fixed, NoDraft, Scheduler, Threshold
 from tests.bundles import tiny_bundle
 from tests.decoding.drive import drive, prompts, requests, tokens
 
@@ -140,7 +140,7 @@ class Broken:
         return self.engines.verify(type(batch)(**changed))
 
 
-class LooksAhead:
+class LooksAhead(Scheduler):
     """Not causal: verifies up to the slot with the highest confidence of all (the paper's Appendix A)."""
 
     drafts = uses_confidence = True

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from decoding.random import ACCEPT, DRAFT, NEXT, philox4x32, uniforms
+from decoding.random import ACCEPT, DRAFT, NEXT, gumbel, philox4x32, uniforms
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN = [
@@ -22,6 +22,8 @@ def test_counter_and_key_are_position_purpose_and_seed():
     seed, position = 0xA409382200000007, 0x1_0000_0005
     word = philox4x32(np.array([5, 1, ACCEPT, 0], np.uint64), (7, 0xA4093822))[0]
     assert uniforms(seed, position, ACCEPT) == np.float32(int(word) >> 9) * np.float32(2**-23)
+    word = philox4x32(np.array([5, 1, ACCEPT + 4 * 3, 6], np.uint64), (7, 0xA4093822))[0]
+    assert uniforms(seed, position, ACCEPT, slot=6, twin=3) == np.float32(int(word) >> 9) * np.float32(2**-23)
 
 
 def test_vectorised_equals_one_by_one():
@@ -50,3 +52,25 @@ def test_uniform_independent_and_never_one():
 def test_seed_out_of_range(seed):
     with pytest.raises(ValueError, match="seed is"):
         uniforms(seed, 0, 0)
+
+
+def test_gumbel_noise_is_what_the_words_say():
+    """From numpy's documented Philox stream, in float64; the first words pinned, so that a seed's text stays the same."""
+    size, key = 1001, np.array([(1 << 64) - 1, 77], np.uint64)
+    raw = np.random.Philox(key=key).random_raw(501)
+    words = np.stack([raw & np.uint64(0xFFFFFFFF), raw >> np.uint64(32)], axis=1).reshape(-1)[:size]
+    want = -np.log(-np.log1p(-(words.astype(np.float64) + 0.5) / 2**32))
+    np.testing.assert_allclose(gumbel((1 << 64) - 1, 77, np.empty(size, np.float32)), want, atol=2e-4, rtol=2e-6)
+    first = np.random.Philox(key=np.array([0, 0], np.uint64)).random_raw(2)
+    assert [hex(int(x)) for x in first] == ["0x2f4ba6408e4d89b", "0x3dd62b0b9ca8c5b2"]
+
+
+def test_gumbel_noise_has_its_distribution_and_no_correlation():
+    rows = np.stack([gumbel(3, p, np.empty(50_000, np.float32)) for p in range(8)])
+    assert np.isfinite(rows).all()
+    cdf = np.exp(-np.exp(-rows.astype(np.float64)))
+    bins = np.bincount((cdf * 64).astype(int).reshape(-1), minlength=64)
+    assert ((bins - 6250) ** 2 / 6250).sum() < 130  # chi-square of 63 degrees: p about 1e-6
+    assert np.abs(np.corrcoef(rows) - np.eye(8)).max() < 0.02
+    assert abs(np.corrcoef(rows[0], gumbel(4, 0, np.empty(50_000, np.float32)))[0, 1]) < 0.02
+    assert (rows > 9).mean() == pytest.approx(-np.expm1(-np.exp(-9)), rel=0.3)

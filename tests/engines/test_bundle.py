@@ -39,7 +39,7 @@ def test_every_head_fits_the_contract(tmp_path, options):
 
 
 EDITS = {
-    "format_version is 2": lambda m: m.update(format_version=2),
+    "format_version is 1": lambda m: m.update(format_version=1),
     "lacks the key 'max_context'": lambda m: m.pop("max_context"),
     "lacks the key 'vocab_size'": lambda m: m["draft"].pop("vocab_size"),
     "vocab_size is '64', it must be an integer": lambda m: m["target"].update(vocab_size="64"),

@@ -5,8 +5,8 @@ from engines.caches import PATIENCE, Caches, bucket
 
 
 def test_buckets_hold_the_length_and_grow_by_steps():
-    assert [bucket(n) for n in (1, 256, 257, 512, 513, 2048, 2049, 4097)] == [256, 256, 512, 512, 768, 2048, 2560, 5120]
-    assert all(n <= bucket(n) <= max(256, n * 1.25 + 256) for n in range(1, 20000, 37))
+    assert [bucket(n) for n in (1, 64, 65, 256, 257, 512, 513, 2048, 2049, 4097)] == [64, 64, 128, 256, 320, 512, 640, 2048, 2560, 5120]
+    assert all(n <= bucket(n) <= n * 1.25 + 64 for n in range(1, 20000, 37))
 
 
 def filled():
@@ -21,10 +21,27 @@ def test_growing_keeps_every_row():
     caches = filled()
     before, generation = [t.copy() for t in caches.tensors], caches.generation
     caches.ensure(5, 300)
-    assert caches.rows >= 5 and caches.capacity == 512 and caches.generation > generation
+    assert caches.rows >= 5 and caches.capacity == 320 and caches.generation > generation
     for old, new in zip(before, caches.tensors):
         np.testing.assert_array_equal(new[: len(old), :, :256], old)
         assert not new[:, :, 256:].any(), "new positions must be finite: a masked NaN would poison the softmax"
+
+
+@pytest.mark.parametrize("first, second", [(60, 200), (200, 60)], ids=["grows", "shrinks"])
+def test_a_step_within_the_room_moves_every_row_in_place(first, second):
+    caches = Caches(2, heads=2, head_dim=4)
+    caches.ensure(3, first)
+    for t in caches.tensors:
+        t[:] = np.random.default_rng(0).normal(size=t.shape)
+    before, pointers, generation = [t.copy() for t in caches.tensors], [t.ctypes.data for t in caches.tensors], caches.generation
+    for _ in range(PATIENCE):
+        caches.ensure(3, second)
+    assert caches.capacity == bucket(second) and caches.generation > generation
+    assert pointers == [t.ctypes.data for t in caches.tensors]
+    common = min(bucket(first), bucket(second))
+    for old, new in zip(before, caches.tensors):
+        np.testing.assert_array_equal(new[:3, :, :common], old[:3, :, :common])
+        assert np.isfinite(new).all()
 
 
 def test_ensure_without_need_moves_nothing():
@@ -43,9 +60,9 @@ def test_shrinks_only_after_a_while_and_keeps_the_rest():
         caches.ensure(3, 100)
     assert caches.capacity == 1024
     caches.ensure(3, 100)
-    assert caches.capacity == 256
+    assert caches.capacity == 128
     for old, new in zip(before, caches.tensors):
-        np.testing.assert_array_equal(new, old)
+        np.testing.assert_array_equal(new, old[:, :, :128])
 
 
 def test_move_row_copies_the_length_only():
@@ -77,6 +94,6 @@ def test_without_memory_it_is_empty_but_usable():
     caches._empty = empty
     with pytest.raises(MemoryError):
         caches.ensure(3, 1000)
-    assert {t.shape for t in caches.tensors} == {(1, 2, 256, 4)} and (caches.rows, caches.capacity) == (1, 256)
+    assert {t.shape for t in caches.tensors} == {(1, 2, 64, 4)} and (caches.rows, caches.capacity) == (1, 64)
     caches.ensure(3, 1000)
     assert {t.shape for t in caches.tensors} == {(4, 2, 1024, 4)}

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from decoding.pack import pack_backbone, pack_target
+from engines.pack import pack_backbone, pack_target
 from engines.base import MarkovBatch, VerifyBatch, additive_mask
 from engines.bundle import Bundle
 from engines.onnxruntime import OnnxRuntimeEngines, physical_cores
@@ -72,26 +74,27 @@ def decode_round(engines, temperature):
     pieces = [[features[:9]], [features[9:]]]
     batch = pack_backbone(pieces, counts, zero, anchors, G, engines.draft_capacity, bundle.max_context)
     backbone = engines.backbone(batch)
-    temperatures = np.full(2, temperature, np.float32)
-    half = np.full((2, G), 0.5, np.float32)
-    block = engines.markov(MarkovBatch(backbone.hidden, backbone.base_logits, anchors, temperatures, half))
+    sampled = np.arange(2) if temperature else np.zeros(0, np.int64)
+    temperatures, half = np.full(len(sampled), temperature, np.float32), np.full((len(sampled), G), 0.5, np.float32)
+    markov = MarkovBatch.greedy(backbone.hidden, backbone.base_logits, anchors, bundle.target.vocab_size)
+    block = engines.markov(replace(markov, sample_index=sampled, temperature=temperatures, uniforms=half))
     drafts = block.draft_tokens.copy()
     logits, _ = feed(engines, [[7, *drafts[0]], [8, *drafts[1]]], [9, 5])
     rows = np.arange(2 * (G + 1)).reshape(2, G + 1)
-    sampled = np.flatnonzero(temperatures > 0)
-    nexts = np.full((2, G + 1), 0.5, np.float32)
-    verify = VerifyBatch(
-        logits,
-        rows,
-        drafts,
-        block.draft_indices,
-        block.draft_probs,
-        np.array([G, G]),
-        temperatures,
-        sampled,
-        half,
-        nexts,
-    )
+    verify = VerifyBatch.greedy(logits, rows, drafts, np.array([G, G]), bundle.draft.vocab_size)
+    if temperature:
+        verify = replace(
+            verify,
+            wide_rows=rows.reshape(-1),
+            temperature=np.full(rows.size, temperature, np.float32),
+            sample_index=sampled,
+            sample_rows=rows,
+            draft_rows=sampled,
+            draft_indices=block.draft_indices,
+            draft_probs=block.draft_probs,
+            accept_uniforms=half,
+            next_uniforms=np.full((2, G + 1), 0.5, np.float32),
+        )
     return drafts, logits, engines.verify(verify)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from export.__main__ import export
-from export.bundle import copy_tokenizer, target_entry, written_whole
+from export.bundle import copy_tokenizer, kept_calibration, target_entry, written_whole
 from tests.tiny import make_draft, make_target
 from training.checkpoint import checkpoint_hash
 from training.target import DecoderConfig
@@ -50,7 +50,7 @@ def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draf
     out = tmp_path / "bundle"
     export(target, draft, out, dtype=dtype, max_context=128, console=QUIET)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["format_version"] == 1 and manifest["dtype"] == dtype and manifest["max_context"] == 128
+    assert manifest["format_version"] == 2 and manifest["dtype"] == dtype and manifest["max_context"] == 128
     assert manifest["target"]["hash"] == checkpoint_hash(target) and manifest["draft"]["hash"] == checkpoint_hash(draft)
     assert manifest["target"]["eos_token_ids"] == [62, 63] and manifest["target"]["bos_token_id"] == 0
     assert manifest["draft"]["vocab_size"] == draft_options.get("draft_vocab", 64)
@@ -152,3 +152,29 @@ def test_chat_template_inside_the_tokenizer_config(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     copy_tokenizer(tmp_path, tmp_path / "bundle")
     assert (tmp_path / "bundle" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_calibration_outlives_an_export_of_the_same_checkpoints(tmp_path):
+    target, draft = {"hash": "t"}, {"hash": "d", "block_size": 2}
+    calibration = {"draft_hash": "d", "target_hash": "t", "sampled": [1.0, 2.0], "greedy": [1.0, 1.0]}
+    keep = lambda **changes: kept_calibration(tmp_path, {**target, **changes.get("target", {})}, {**draft, **changes.get("draft", {})})
+    assert keep() is None  # no bundle there yet
+    (tmp_path / "manifest.json").write_text("{}")
+    assert keep() is None
+    (tmp_path / "manifest.json").write_text(json.dumps({"calibration": calibration}))
+    assert keep() == calibration
+    assert keep(draft={"hash": "other"}) is keep(target={"hash": "other"}) is keep(draft={"block_size": 3}) is None
+
+
+def test_an_export_over_a_calibrated_bundle_keeps_it(tmp_path, pair):
+    target, draft = pair
+    out = tmp_path / "bundle"
+    export(target, draft, out, max_context=64, console=QUIET)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert "calibration" not in manifest
+    calibration = {"draft_hash": manifest["draft"]["hash"], "target_hash": manifest["target"]["hash"], "sampled": [1.0] * 4, "greedy": [2.0] * 4}
+    (out / "manifest.json").write_text(json.dumps({**manifest, "calibration": calibration}))
+    export(target, draft, out, dtype="int8", max_context=64, console=QUIET)
+    assert json.loads((out / "manifest.json").read_text())["calibration"] == calibration
+    export(target, make_draft(tmp_path / "other", target, seed=9), out, max_context=64, console=QUIET)
+    assert "calibration" not in json.loads((out / "manifest.json").read_text())

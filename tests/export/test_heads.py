@@ -1,14 +1,12 @@
-"""The sequential head and the confidence head against DraftModel; the inverse CDF against float64."""
+"""The sequential head and the confidence head against DraftModel."""
 
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 
-from export.graph import Graph
-from export.heads import SHORT_ROW, build_confidence, build_markov, inverse_cdf
+from export.heads import build_confidence, build_markov
 from export.parity import Runner
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
@@ -20,16 +18,25 @@ def target(tmp_path_factory):
     return make_target(tmp_path_factory.mktemp("target") / "t")
 
 
-def feeds_for(draft: DraftModel, R: int, temperature: float) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+def feeds_for(draft: DraftModel, R: int, temperature: float) -> tuple:
     rng = np.random.default_rng(0)
     G, d = draft.config.block_size, draft.config.decoder.hidden_size
     hidden = torch.tensor(rng.standard_normal((R, G, d), dtype=np.float32))
     temperatures = np.full(R, temperature, np.float32)
     temperatures[::3] = 0
-    return hidden, dict(
-        hidden=hidden.numpy(), base_logits=draft.lm_head(hidden).numpy(), anchor_ids=rng.integers(0, 64, R),
-        temperature=temperatures, uniforms=(rng.integers(0, 2**23, (R, G)) / 2**23).astype(np.float32),
+    uniforms = (rng.integers(0, 2**23, (R, G)) / 2**23).astype(np.float32)
+    sampled = np.flatnonzero(temperatures)
+    return hidden, temperatures, uniforms, dict(
+        hidden=hidden.numpy(), base_logits=draft.lm_head(hidden).numpy(), anchor_ids=rng.integers(0, 64, R), sample_index=sampled,
+        temperature=temperatures[sampled], uniforms=uniforms[sampled], match_index=np.zeros(0, np.int64),
+        match_temperature=np.zeros(0, np.float32), noise=np.zeros((0, G, draft.config.decoder.vocab_size), np.float32),
     )
+
+
+def run(draft: DraftModel, folder, feeds):
+    graph = build_markov(draft)
+    graph.save(folder)
+    return Runner(folder, graph)(**feeds)
 
 
 @pytest.mark.parametrize(
@@ -40,17 +47,34 @@ def feeds_for(draft: DraftModel, R: int, temperature: float) -> tuple[torch.Tens
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_markov_draws_what_sample_block_draws(tmp_path, target, options, temperature):
     draft = load_draft(make_draft(tmp_path / "draft", target, **options))
-    graph = build_markov(draft)
-    graph.save(tmp_path / "graph")
-    hidden, feeds = feeds_for(draft, 30, temperature)
-    got = Runner(tmp_path / "graph", graph)(**feeds)
-    tensors = {k: torch.tensor(v) for k, v in feeds.items()}
-    want = draft.sample_block(hidden, tensors["anchor_ids"], tensors["temperature"], tensors["uniforms"])
+    hidden, temperatures, uniforms, feeds = feeds_for(draft, 30, temperature)
+    got = run(draft, tmp_path / "graph", feeds)
+    want = draft.sample_block(hidden, *map(torch.tensor, (feeds["anchor_ids"], temperatures, uniforms)))
     np.testing.assert_array_equal(got["draft_tokens"], want.tokens.numpy())
     np.testing.assert_array_equal(draft.draft_to_target().numpy()[got["draft_indices"]], got["draft_tokens"])
-    divisor = torch.where(tensors["temperature"] > 0, tensors["temperature"], 1.0)[:, None, None]
-    np.testing.assert_allclose(got["draft_probs"], torch.softmax(want.logits / divisor, -1).numpy(), atol=1e-6)
+    sampled = feeds["sample_index"]
+    np.testing.assert_allclose(got["draft_probs"], torch.softmax(want.logits[sampled] / temperature, -1).numpy(), atol=1e-6)
     assert ("markov_embeddings" in got) == (draft.config.markov_rank > 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40, "head": "rnn"}], ids=["whole", "trimmed"])
+def test_a_matched_request_picks_by_the_noise_of_the_target_tokens(tmp_path, target, options):
+    """Step by step: the argmax of logits / T + noise at the draft tokens' target ids, each step given the pick before it."""
+    draft = load_draft(make_draft(tmp_path / "draft", target, **options))
+    hidden, _, _, feeds = feeds_for(draft, 6, 1.0)
+    G, to_target = draft.config.block_size, draft.draft_to_target().numpy()
+    noise = np.random.default_rng(1).gumbel(size=(2, G, 64)).astype(np.float32)
+    empty = dict(sample_index=np.zeros(0, np.int64), temperature=np.zeros(0, np.float32), uniforms=np.zeros((0, G), np.float32))
+    matched = np.array([1, 4])
+    temperature = np.array([0.8, 1.3], np.float32)
+    feeds |= {**empty, "match_index": matched, "match_temperature": temperature, "noise": noise}
+    got = run(draft, tmp_path / "graph", feeds)
+    previous = np.column_stack([feeds["anchor_ids"], got["draft_tokens"][:, :-1]])
+    logits = draft.corrected_logits(hidden, torch.tensor(previous))[0].detach().numpy()
+    want = logits.argmax(-1)
+    want[matched] = (logits[matched] / temperature[:, None, None] + noise[..., to_target]).argmax(-1)
+    np.testing.assert_array_equal(got["draft_indices"], want)
+    assert (want[matched] != logits[matched].argmax(-1)).any() and got["draft_probs"].shape[0] == 0
 
 
 @pytest.mark.parametrize("confidence", ["markov", "hidden", None])
@@ -66,24 +90,3 @@ def test_confidence(tmp_path, target, confidence):
     want = np.full((5, G), 20.0) if confidence is None else draft.confidence(hidden, embeddings).numpy()
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert {s.name for s in graph.inputs} == ({"hidden", "markov_embeddings"} if confidence == "markov" else {"hidden"})
-
-
-@pytest.mark.parametrize("size", [7, SHORT_ROW, 2 * SHORT_ROW, 4099, 49152])
-def test_inverse_cdf_is_exact_at_any_size(tmp_path, size):
-    """Against a float64 running sum; a float32 one over 49152 weights is wrong in 4% of the draws."""
-    g = Graph("draw")
-    g.op("Identity", inverse_cdf(g, g.input("w", "float32", ("R", size)), g.input("u", "float32", ("R", 1)), size), out="i")
-    g.output("i", "int64", ("R", 1))
-    g.save(tmp_path)
-    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(0)
-    w = np.exp(3 * rng.standard_normal((200, size), dtype=np.float32))
-    w[:, ::3] = 0
-    u = (rng.integers(0, 2**23, (200, 1)) / 2**23).astype(np.float32)
-    u[0], u[1] = 0, 1 - 2.0**-23
-    index = session.run(None, {"w": w, "u": u})[0]
-    cdf = w.astype(np.float64).cumsum(-1)
-    want = (cdf <= u * cdf[:, -1:]).sum(-1, keepdims=True)
-    assert (index == want).mean() >= 0.98
-    assert (np.take_along_axis(w, index, 1) > 0).all()
-    assert session.run(None, {"w": w[:0], "u": u[:0]})[0].shape == (0, 1)

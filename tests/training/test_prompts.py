@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from training import prompts as room
-from training.prompts import KINDS, MATHS_SUFFIX, SHARES, Prompt, close, expand, openings, prompts, read_prompts
+from training.prompts import KINDS, MATHS_SUFFIX, SHARES, Prompt, close, expand, held_out, openings, prompts, read_prompts
 
 
 def test_prompts_are_deterministic_and_different():
@@ -107,3 +107,42 @@ def test_prompts_survive_a_round_trip(tmp_path):
     made = list(prompts(50, seed=9)) + [Prompt('quote " and "text": here', "chat")]
     room.write_prompts(tmp_path / "p.jsonl", made)
     assert list(read_prompts(tmp_path / "p.jsonl")) == made
+
+
+def test_held_out_prompts_avoid_the_training_data_and_take_its_held_out_slice_first():
+    known = list(prompts(300, 1))
+    slice_of = {p.text for p in known[::10]}
+    chosen = held_out(45, 2, known, lambda p: p.text in slice_of)
+    texts = [p.text for p in chosen]
+    assert len(set(texts)) == 45 and [p.kind for p in chosen[:6]] == ["maths", "code", "chat"] * 2
+    assert not {p.text for p in known} - slice_of & set(texts)
+    from_slice = [p for p in chosen if p.text in slice_of]
+    for kind in KINDS:
+        assert sum(p.kind == kind for p in from_slice) == min(15, sum(p.kind == kind for p in known[::10]))
+    assert held_out(45, 2, known, lambda p: p.text in slice_of) == chosen
+
+
+def test_a_new_seed_alone_would_not_be_disjoint():
+    """Why the texts are compared: the templates give some prompts again under another seed."""
+    known = {p.text for p in prompts(2000, 1)}
+    assert known & {p.text for p in prompts(300, 2)}
+    assert not known & {p.text for p in held_out(120, 2, prompts(2000, 1))}
+
+
+def test_prompts_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from training.__main__ import app
+
+    run = lambda *arguments: CliRunner().invoke(app, ["prompts", "--out", str(tmp_path / "a" / "p.jsonl"), *arguments])
+    assert run("--count", "6").exit_code == 0
+    assert [p.kind for p in read_prompts(tmp_path / "a" / "p.jsonl")] == ["maths", "code", "chat"] * 2
+    for arguments, sentence in (
+        (["--count", "0"], "count is 0"),
+        (["--data", str(tmp_path)], "holds no prompts-*.jsonl"),
+        (["--data", str(tmp_path / "a")], "holds no prompts-*.jsonl"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and sentence in result.output
+    (tmp_path / "prompts-00.jsonl").write_text('{"prompt": "a", "kind": "chat"}\n')
+    assert "needs --target" in run("--data", str(tmp_path)).output

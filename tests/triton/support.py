@@ -22,6 +22,7 @@ from decoding.schedule import make
 from export.__main__ import export
 from tests.tiny import make_draft, make_target
 from triton_repo import control
+from triton_repo.metrics import PERIOD_SECONDS
 from triton_repo.repository import Settings
 from triton_repo.runtime import Ports
 from triton_repo.server import TritonServer
@@ -90,14 +91,20 @@ class Alone:
 
     def decode(self, prompt: str, *, schedule: str = "fixed", **params) -> list[int]:
         """Token ids after the user's message `prompt`."""
+        return self.answer(prompt, schedule=schedule, **params)[0]
+
+    def answer(self, prompt: str, *, schedule: str = "fixed", **params) -> tuple[list[int], list[float]]:
+        """(token ids, their log-probs) after the user's message `prompt`."""
         loop = Loop(self.engines, make(schedule), max_requests=1)
         ids = tuple(self.chat.encode_messages([{"role": "user", "content": prompt}]))
         loop.add(Request(0, ids, SamplingParams(**{"max_tokens": 32, **params})))
-        out: list[int] = []
+        ids, log_probs = [], []
         while loop.has_work:
             for output in loop.step():
-                out += output.token_ids
-        return out
+                assert output.finish_reason != "error", output.error
+                ids += output.token_ids
+                log_probs += output.log_probs or ()
+        return ids, log_probs
 
     def text(self, ids: list[int]) -> str:
         return self.chat.tokenizer.decode(ids)
@@ -133,9 +140,9 @@ SHARED = Shared()
 
 
 def tiny_server(bundle: Path, build_dir: Path, **settings) -> TritonServer:
-    """Free ports, one thread, four slots."""
+    """Free ports, one thread, four slots, blocks of fixed length (a seed then fixes a rejection request's text)."""
     said: list[str] = []
-    settings = Settings(**{"threads": 1, "max_requests": SLOTS, **settings})
+    settings = Settings(**{"threads": 1, "max_requests": SLOTS, "schedule": "fixed", **settings})
     server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), build_dir=build_dir, say=said.append)
     server.said = said
     return server
@@ -155,9 +162,9 @@ def in_flight(server: TritonServer) -> int:
 
 
 def settled_metrics(server: TritonServer) -> dict[str, float]:
-    """The metrics of an idle server: the counters are handed on within 0.1 s of the last round."""
+    """The metrics of an idle server: what happened before is handed on within PERIOD_SECONDS."""
     wait_until(lambda: in_flight(server) == 0, "an idle server")
-    time.sleep(0.3)
+    time.sleep(PERIOD_SECONDS + 0.15)
     return control.metrics(server.metrics_url)
 
 

@@ -33,6 +33,10 @@ def f32(value: float) -> np.ndarray:
     return np.array([value], np.float32)
 
 
+def bias(raw: bytes) -> dict:
+    return {**TEXT, "logit_bias": np.array([raw], object)}
+
+
 # what is sent -> a part of the sentence that comes back
 REFUSED = {
     "no prompt": ({}, "has none of text_input, messages, input_ids; it must have exactly one"),
@@ -67,11 +71,31 @@ REFUSED = {
     "stop word empty": ({**TEXT, "stop_words": np.array([b"a", b""], object)}, "stop_words[1] is 0 characters long"),
     "stop word invalid": ({**TEXT, "stop_words": np.array([b"\xc3"], object)}, "stop_words[0] is not valid UTF-8"),
     "stop words too many": ({**TEXT, "stop_words": np.array([b"a"] * 65, object)}, "stop_words has 65 words; it must have at most 64"),
-    "top_k": ({**TEXT, "top_k": int32(40)}, "top_k is 40; it must be 0 (other values are not supported yet)"),
-    "top_p": ({**TEXT, "top_p": f32(0.5)}, "top_p is 0.5; it must be 1.0"),
-    "min_p": ({**TEXT, "min_p": f32(0.25)}, "min_p is 0.25; it must be 0.0"),
-    "bad words": ({**TEXT, "bad_words": np.array([b"a"], object)}, "bad_words has 1 words; it must be empty"),
-    "log probs": ({**TEXT, "return_log_probs": np.array([True])}, "return_log_probs is True; it must be False"),
+    "top_k negative": ({**TEXT, "top_k": int32(-1)}, "top_k is -1; it must lie in 0.."),
+    "top_k beyond the vocabulary": ({**TEXT, "top_k": int32(70000)}, "top_k is 70000; it must lie in 0.."),
+    "top_p 0": ({**TEXT, "top_p": f32(0)}, "top_p is 0.0; it must be over 0 and at most 1"),
+    "top_p large": ({**TEXT, "top_p": f32(1.1)}, "top_p is 1.1; it must be over 0 and at most 1"),
+    "top_p nan": ({**TEXT, "top_p": f32(np.nan)}, "top_p is nan; it must"),
+    "min_p 1": ({**TEXT, "min_p": f32(1)}, "min_p is 1.0; it must be at least 0 and under 1"),
+    "repetition_penalty 0": ({**TEXT, "repetition_penalty": f32(0)}, "repetition_penalty is 0.0; it must be over 0 and at most 10"),
+    "presence_penalty": ({**TEXT, "presence_penalty": f32(2.5)}, "presence_penalty is 2.5; it must lie in -2..2"),
+    "frequency_penalty": ({**TEXT, "frequency_penalty": f32(-np.inf)}, "frequency_penalty is -inf; it must lie in -2..2"),
+    "min_tokens": ({**TEXT, "max_tokens": int32(5), "min_tokens": int32(6)}, "min_tokens is 6; it must lie in 0..5"),
+    "bad word empty": ({**TEXT, "bad_words": np.array([b"a", b""], object)}, "bad_words[1] is 0 characters long; it must be 1..1024"),
+    "bad word invalid": ({**TEXT, "bad_words": np.array([b"\xc3"], object)}, "bad_words[0] is not valid UTF-8"),
+    "bad words too many": ({**TEXT, "bad_words": np.array([b"a"] * 65, object)}, "bad_words has 65 words; it must have at most 64"),
+    "bias no json": (bias(b"{5: 1}"), "logit_bias is not JSON; it must be a JSON object"),
+    "bias too deep": (bias(b"[" * 100_000), "logit_bias is not JSON; it must be a JSON object"),
+    "bias no object": (bias(b"[[5, 1]]"), "logit_bias is no object; it must be a JSON object"),
+    "bias no id": (bias(b'{"fox": 1}'), "logit_bias holds the key 'fox'; a key must be a token id"),
+    "bias no number": (bias(b'{"5": "1"}'), "logit_bias of token 5 is no number; it must lie in -100..100"),
+    "bias unknown id": (bias(b'{"70000": 1}'), "logit_bias holds the token id 70000; every id must lie in 0.."),
+    "bias negative id": (bias(b'{"-5": 1}'), "logit_bias holds the token id -5; every id must lie in 0.."),
+    "bias twice": (bias(b'{"5": 1, "5": 2}'), "logit_bias holds the token id 5 twice"),
+    "bias too large": (bias(b'{"5": 101}'), "logit_bias gives the token id 5 the bias 101; it must lie in -100..100"),
+    "bias nan": (bias(b'{"5": NaN}'), "logit_bias gives the token id 5 the bias nan"),
+    "accept": ({**TEXT, "accept": np.array([b"always"], object)}, "accept is 'always'; it must be rejection or coupled"),
+    "threshold": ({**TEXT, "threshold": f32(1.5)}, "threshold is 1.5; it must lie in 0..1"),
     # these never reach our code: the server's own words
     "wrong dtype": ({**TEXT, "max_tokens": f32(5)}, "data-type"),
     "text as ids": ({"text_input": int32(5)}, "data-type"),
@@ -81,6 +105,10 @@ REFUSED = {
     "unknown tensor": ({**TEXT, "max_token": int32(5)}, "unexpected"),
     "control tensor": ({**TEXT, "drain": np.array([True])}, "unexpected"),
 }
+
+
+def params(value) -> dict:
+    return {"params": np.array([json.dumps(value).encode()], object)}
 
 
 class Raw:
@@ -143,10 +171,15 @@ def test_broken_string_tensors(server, raw):
 def test_dspark_itself_refuses_too(raw):
     """The engine model, asked directly, does not rely on preprocessing."""
     for arrays, part in (
-        ({"max_tokens": int32(5)}, "input_ids is missing"),
+        (params({"max_tokens": 5}), "input_ids is missing"),
         ({"input_ids": int32(-3)}, "input_ids holds -3"),
-        ({"input_ids": int32(5), "temperature": f32(-1)}, "temperature is -1"),
-        ({"input_ids": int32(5), "max_tokens": int32(0)}, "max_tokens is 0"),
+        ({"input_ids": int32(5), **params({"temperature": -1})}, "temperature is -1"),
+        ({"input_ids": int32(5), **params({"max_tokens": 0})}, "max_tokens is 0"),
+        ({"input_ids": int32(5), **params({"max_tokens": "many"})}, "max_tokens is many"),
+        ({"input_ids": int32(5), **params({"bad_words": [5]})}, "bad_words holds 5"),
+        ({"input_ids": int32(5), **params({"heat": 1})}, "params holds 'heat'; its fields are accept, bad_words"),
+        ({"input_ids": int32(5), **params([])}, "params is not a JSON object"),
+        ({"input_ids": int32(5), "params": np.array([b"{"], object)}, "params is not a JSON object"),
     ):
         result, sentence = raw.ask(arrays, "dspark")
         assert result is None and part in sentence

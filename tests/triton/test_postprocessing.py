@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 
-import numpy as np
 import pytest
 
 from tests.triton.support import END
 from triton_repo.postprocessing import Postprocessor
-from triton_repo.tensors import one
+from triton_repo.service import Round
+from triton_repo.tensors import pack_round, unpack_round
 
 
 @pytest.fixture
@@ -23,20 +23,24 @@ def post(bundle, stopped):
     return Postprocessor(bundle, stopped.append)
 
 
-def arrays(uid, index, ids, reason="", *, stream=True, stop_words=(), drafted=4, accepted=1):
-    return {
-        "uid": one(uid, np.uint64),
-        "index": one(index, np.int32),
-        "output_ids": np.array(ids, np.int32),
-        "finish_reason": one(reason, np.object_),
-        "settings": one(json.dumps({"stream": stream, "stop_words": list(stop_words)}) if index == 0 else "", np.object_),
-        "num_input_tokens": one(3, np.int32),
-        "num_output_tokens": one(99, np.int32),
-        "num_rounds": one(index, np.int32),
-        "total_draft_tokens": one(drafted * index, np.int32),
-        "total_accepted_draft_tokens": one(accepted * index, np.int32),
-        "accepted_per_position": np.array([accepted * index, 0, 0, 0], np.int32),
-    }
+def a_round(uid, index, ids, reason="", *, stream=True, stop_words=(), log_probs=()):
+    """As it comes out of the wire's other end."""
+    made = Round(
+        uid=uid,
+        index=index,
+        output_ids=list(ids),
+        finish_reason=reason,
+        num_input_tokens=3,
+        num_output_tokens=99,
+        num_rounds=index,
+        total_draft_tokens=4 * index,
+        accepted_per_position=[index, 0, 0, 0],
+        log_probs=list(log_probs),
+        settings=json.dumps({"stream": stream, "stop_words": list(stop_words)}) if index == 0 else "",
+    )
+    sent = unpack_round(pack_round(made))
+    assert sent == made
+    return sent
 
 
 def said(response) -> tuple[str, list[int], str]:
@@ -57,7 +61,7 @@ def feed(post, uid, chunks, reason="length", **settings):
     got = []
     for index, ids in enumerate(chunks):
         last = index == len(chunks) - 1
-        got.append(post(arrays(uid, index, ids, reason if last else "", **settings), cancelled=False))
+        got.append(post(a_round(uid, index, ids, reason if last else "", **settings), cancelled=False))
     return [r for r in got if r is not None]
 
 
@@ -80,7 +84,7 @@ def test_two_streams_do_not_mix(post, alone):
         for uid in (1, 2):
             if index < len(chunks[uid]):
                 last = index == len(chunks[uid]) - 1
-                response = post(arrays(uid, index, chunks[uid][index], "length" if last else ""), cancelled=False)
+                response = post(a_round(uid, index, chunks[uid][index], "length" if last else ""), cancelled=False)
                 got[uid] += said(response)[0] if response else ""
     assert got == texts
 
@@ -139,22 +143,45 @@ def test_one_response_when_not_streaming(post, alone):
 
 
 def test_heartbeats_say_nothing_but_notice_who_left(post, stopped):
-    assert post(arrays(1, 0, []), cancelled=False) is None
-    assert post(arrays(1, 1, []), cancelled=True) is None
-    assert post(arrays(1, 2, [5]), cancelled=True) is not None
+    assert post(a_round(1, 0, []), cancelled=False) is None
+    assert post(a_round(1, 1, []), cancelled=True) is None
+    assert post(a_round(1, 2, [5]), cancelled=True) is not None
     assert stopped == [1]
-    assert said(post(arrays(1, 3, [], "cancelled"), cancelled=True))[2] == "cancelled"
-    assert post(arrays(1, 4, [5]), cancelled=False) is None  # after its end
+    assert said(post(a_round(1, 3, [], "cancelled"), cancelled=True))[2] == "cancelled"
+    assert post(a_round(1, 4, [5]), cancelled=False) is None  # after its end
 
 
 def test_a_round_out_of_order_is_dropped(post):
-    assert said(post(arrays(1, 0, [70]), cancelled=False))[1] == [70]
-    assert post(arrays(1, 2, [71]), cancelled=False) is None
-    assert post(arrays(9, 3, [71]), cancelled=False) is None  # nobody knows its beginning
+    assert said(post(a_round(1, 0, [70]), cancelled=False))[1] == [70]
+    assert post(a_round(1, 2, [71]), cancelled=False) is None
+    assert post(a_round(9, 3, [71]), cancelled=False) is None  # nobody knows its beginning
 
 
 def test_giving_up_ends_the_request(post, stopped):
-    post(arrays(1, 0, [70]), cancelled=False)
-    assert said(post.give_up(arrays(1, 1, [71]))) == ("", [], "error")
+    post(a_round(1, 0, [70]), cancelled=False)
+    assert said(post.give_up(a_round(1, 1, [71]))) == ("", [], "error")
     assert stopped == [1]
-    assert post(arrays(1, 2, [72]), cancelled=False) is None
+    assert post(a_round(1, 2, [72]), cancelled=False) is None
+
+
+def test_log_probs_stay_with_their_tokens(post, alone):
+    """Streamed, merged and cut by a stop word: one for each token shown, and their sum so far."""
+    ids = alone.chat.encode("log probs of the quick fox, and more")
+    every = [-0.5 - 0.25 * k for k in range(len(ids))]  # exact in float32
+    used = next(n for n in range(len(ids)) if "fox" in alone.text(ids[:n]))
+    for uid, (stream, words, count) in enumerate(((True, [], len(ids)), (True, ["fox"], used), (False, ["fox"], used), (False, [], len(ids)))):
+        at, got, cum = 0, [], []
+        chunks = cut(ids, uid)
+        for index, part in enumerate(chunks):
+            r = a_round(
+                uid, index, part, "length" if index == len(chunks) - 1 else "", stream=stream, stop_words=words,
+                log_probs=every[at : at + len(part)],
+            )  # fmt: skip
+            at += len(part)
+            if response := post(r, cancelled=False):
+                assert len(response["output_log_probs"]) == len(response["output_ids"])
+                got += response["output_log_probs"].tolist()
+                cum.append((float(response["cum_log_probs"][0]), len(got)))
+        assert got == every[:count]
+        assert all(total == sum(every[:n]) for total, n in cum)
+    assert feed(post, 9, [ids])[0]["output_log_probs"].tolist() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from triton_repo.description import CHAIN, ENGINE, POSTPROCESSING, PREPROCESSING, Tensor, wire
+from client.client import PARAMETERS
+from decoding.request import SamplingParams
+from triton_repo.description import CHAIN, ENGINE, POSTPROCESSING, PREPROCESSING, SAMPLING, USER_INPUTS, Tensor, wire
 from triton_repo.repository import Settings, build, bundle_folder, model_config, render
 
 
@@ -27,7 +30,7 @@ def config(repository: Path, model: str) -> pb.ModelConfig:
 
 
 def test_models_and_their_parameters(folder):
-    settings = Settings(schedule="threshold", threshold=0.25, max_requests=3, token_budget=64, threads=2)
+    settings = Settings("threshold", 0.25, "coupled", "never", max_requests=3, token_budget=64, threads=2)
     repository = build(folder / "bundle", folder / "repo", settings)
     assert sorted(p.name for p in repository.iterdir()) == ["dspark", "ensemble", "postprocessing", "preprocessing"]
     values = {name: p.string_value for name, p in config(repository, "dspark").parameters.items()}
@@ -69,7 +72,9 @@ def test_models_are_plain_python_3_10():
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"schedule": "best"}, "schedule is 'best'; it must be one of none, fixed, threshold."),
+        ({"schedule": "best"}, "schedule is 'best'; it must be one of none, fixed, threshold, causal, lagged."),
+        ({"accept": "all"}, "accept is 'all'; it must be one of rejection, coupled."),
+        ({"profile": "often"}, "profile is 'often'; it must be one of never, missing, always."),
         ({"threshold": 1.5}, "threshold is 1.5; it must lie in 0..1."),
         ({"max_requests": 0}, "max_requests is 0; it must be 1 or more."),
         ({"token_budget": 0}, "token_budget is 0; it must be 1 or more."),
@@ -110,8 +115,8 @@ def test_a_tensor_that_nobody_makes():
     strange = replace(POSTPROCESSING, inputs=(*POSTPROCESSING.inputs, Tensor("logits", "FP32")))
     with pytest.raises(ValueError, match="postprocessing needs the tensor 'logits', which no earlier step"):
         wire((PREPROCESSING, ENGINE, strange))
-    other = replace(ENGINE, inputs=(Tensor("max_tokens", "INT64"),))
-    with pytest.raises(ValueError, match="dspark reads 'max_tokens' as INT64, but it is made as INT32"):
+    other = replace(ENGINE, inputs=(Tensor("input_ids", "INT64"),))
+    with pytest.raises(ValueError, match="dspark reads 'input_ids' as INT64, but it is made as INT32"):
         wire((PREPROCESSING, other, POSTPROCESSING))
 
 
@@ -120,5 +125,13 @@ def test_every_step_reads_the_newest_tensor_and_no_control():
     assert steps["preprocessing"].inputs["input_ids"] == "input_ids"
     assert steps["dspark"].inputs["input_ids"] == "_preprocessing_input_ids"
     assert not {"stop", "drain", "uid"} & steps["dspark"].inputs.keys()
-    assert steps["postprocessing"].inputs["uid"] == "_dspark_uid"
+    assert steps["dspark"].inputs["params"] == "_preprocessing_params"
+    assert steps["postprocessing"].inputs == {"round": "_dspark_round"}
     assert steps["postprocessing"].outputs["output_ids"] == "output_ids"
+
+
+def test_every_field_of_a_request_is_a_tensor_and_the_client_knows_it():
+    assert {t.name for t in SAMPLING} == {f.name for f in dataclasses.fields(SamplingParams)}
+    named = {t.name: t.dtype.replace("STRING", "BYTES") for t in USER_INPUTS}
+    own = ("text_input", "messages", "input_ids", "stream")
+    assert {name: kind for name, (kind, _) in PARAMETERS.items()} == {n: k for n, k in named.items() if n not in own}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from client import Client, ClientError
-from tests.triton.support import tiny_server, wait_until
+from tests.triton.support import settled_metrics, tiny_server, wait_until
 from triton_repo import control, runtime
 from triton_repo.ledger import ledger_file
 from triton_repo.runtime import Ports, ServerError, Wheel, shm_files
@@ -87,8 +88,56 @@ def test_a_bundle_that_does_not_fit_is_named(bundle, tmp_path):
     shutil.copytree(bundle, broken)
     with (broken / "onnx" / "verify" / "model.onnx").open("ab") as graph:
         graph.write(b"\0")
-    with pytest.raises(ServerError, match="did not start: BundleError: .*verify.* is not the file the manifest describes"):
+    with pytest.raises(ServerError, match="did not start: .*verify.* is not the file the manifest describes"):
         tiny_server(broken, tmp_path / "build").start()
+
+
+def linked(bundle: Path, folder: Path, **manifest) -> Path:
+    """The bundle again with other keys in its manifest; None removes one."""
+    shutil.copytree(bundle, folder, copy_function=os.link)
+    raw = {**json.loads((bundle / "manifest.json").read_text()), **manifest}
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    return folder
+
+
+def test_lagged_measures_a_missing_table_and_serves(bundle, tmp_path, alone):
+    """The default: says so in one line, keeps the table, and a coupled seed gives the target's own text however it schedules."""
+    own = linked(bundle, tmp_path / "own", sps=None)
+    sampling = {"max_tokens": 40, "temperature": 1.0, "seed": 9, "accept": "coupled", "ignore_eos": True}
+    want = [alone.decode(f"lagged {i}", schedule="none", **sampling) for i in range(6)]
+    with tiny_server(own, tmp_path / "build", schedule="lagged", accept="coupled") as server:
+        (said,) = [sentence for sentence in server.said if "measuring step times" in sentence]
+        assert said.startswith("own: measuring step times, about 30 s, because ") and "\n" not in said
+        client = Client(server.grpc_url, timeout=120)
+        ask = lambda i: list(client.generate(f"lagged {i}", **{**sampling, "accept": None}).output_ids)
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(ask, range(6))) == want
+        metrics = settled_metrics(server)
+        rounds = metrics["dspark_request_rounds_total"]
+        assert rounds > 0 and metrics["dspark_scheduled_tokens_count"] > 0
+        assert metrics["dspark_scheduled_tokens_sum"] <= rounds * 4
+    table = json.loads((own / "manifest.json").read_text())["sps"]
+    assert table["threads"] == 1 and table["target"]
+    with tiny_server(own, tmp_path / "build", schedule="causal", profile="never") as server:  # and it is used again
+        assert not [sentence for sentence in server.said if "measuring" in sentence]
+
+
+@pytest.mark.parametrize(
+    "manifest, settings, sentence",
+    [
+        ({"sps": None}, {"schedule": "lagged"}, "did not start: /.* has no SPS table, .*run make profile"),
+        ({"sps": {"hardware": {"cpu": "Z80", "cores": 1}}}, {"schedule": "causal"}, "taken on .*Z80.*run make profile"),
+        ({"confidence_temperatures": [1.0]}, {}, r"confidence_temperatures is \[1.0\]"),
+        ({"calibration": {"sampled": [1.0], "greedy": [1.0]}}, {}, "calibration"),
+    ],
+    ids=["no table", "foreign table", "temperatures", "calibration"],
+)
+def test_what_does_not_fit_is_refused_at_the_start(bundle, tmp_path, manifest, settings, sentence):
+    own = linked(bundle, tmp_path / "own", **manifest)
+    with pytest.raises(ServerError, match=sentence) as error:
+        tiny_server(own, tmp_path / "build", profile="never", **settings).start()
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value) and "Error:" not in str(error.value)
 
 
 def test_no_bundle(tmp_path):
@@ -112,8 +161,8 @@ def test_command_line(bundle, tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith("triton_repo: ") and failed.stderr.count("\n") == 1
     failed = subprocess.run([*line, "serve", "--bundle", str(bundle), "--schedule", "x"], capture_output=True, text=True)
-    assert failed.stderr == "triton_repo: schedule is 'x'; it must be one of none, fixed, threshold.\n"
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1"]
+    assert failed.stderr == "triton_repo: schedule is 'x'; it must be one of none, fixed, threshold, causal, lagged.\n"
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1", "--schedule", "fixed"]
     process = subprocess.Popen(
         [*line, "serve", "--bundle", str(bundle), *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path
     )
@@ -131,7 +180,7 @@ def test_command_line(bundle, tmp_path):
 
 
 def test_a_killed_launcher_takes_its_server_along(bundle, tmp_path):
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1", "--schedule", "fixed"]
     line = [sys.executable, "-m", "triton_repo", "serve", "--bundle", str(bundle), *ports]
     launcher = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
     url = launcher.stdout.readline().split()[1]

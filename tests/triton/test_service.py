@@ -32,7 +32,7 @@ class Sink:
 
     @property
     def ids(self):
-        return [t for r in self.rounds for t in r.output_ids.tolist()]
+        return [t for r in self.rounds for t in r.output_ids]
 
 
 class Ledger(dict):
@@ -74,8 +74,8 @@ def service(alone, spies):
     services = []
 
     def make_service(**options):
-        def make_loop():
-            spies.append(Spy(Loop(alone.engines, make("fixed"), max_requests=2)))
+        def make_loop(observer):
+            spies.append(Spy(Loop(alone.engines, make("fixed"), max_requests=2, observers=(observer,))))
             return spies[-1]
 
         services.append(Service(make_loop, block_size=4, **options))
@@ -204,3 +204,58 @@ def test_a_sink_that_breaks_hurts_nobody_else(service):
     each.submit(IDS, params(20), sink)
     assert sink.over.wait(60) and broken.over.wait(60)
     assert sink.ids == broken.ids
+
+
+class Notes:
+    """An observer that writes down what it is told."""
+
+    def __init__(self):
+        self.steps, self.given, self.firsts, self.nexts, self.reasons = [], [], [], [], []
+
+    def step(self, step):
+        self.steps.append(step)
+
+    def tokens(self, stats, count):
+        self.given.append((stats, count))
+
+    def first_token(self, seconds, prompt_tokens):
+        self.firsts.append((seconds, prompt_tokens))
+
+    def next_tokens(self, seconds, count):
+        self.nexts.append((seconds, count))
+
+    def ended(self, reason):
+        self.reasons.append(reason)
+
+
+def test_what_the_observer_hears(service):
+    notes = Notes()
+    each = service(observer=notes)
+    sinks = [Sink() for _ in range(3)]
+    each.submit(IDS, params(30), sinks[0])
+    each.submit(IDS, params(20, speculative=False), sinks[1])
+    each.submit((), params(5), sinks[2])
+    assert all(sink.over.wait(60) for sink in sinks)
+    wait_until(lambda: len(notes.reasons) == 3 and sum(n for _, n in notes.given) == 50, "all notes")
+    assert sorted(notes.reasons) == ["length", "length", "refused"]
+    assert [prompt for _, prompt in notes.firsts] == [3, 3] and len(notes.nexts) > 19
+    assert all(seconds > 0 for seconds, _ in notes.firsts + notes.nexts)
+    assert sum(count for _, count in notes.nexts) == 48
+    traced = [trace for step in notes.steps for trace in step.traces]
+    verified = sum(int(trace.verified.sum()) for trace in traced)
+    assert verified == sum(stats.verified for stats, _ in notes.given if stats) == sum(trace.budget for trace in traced)
+    for step in notes.steps:
+        for trace in step.traces:
+            phases = (trace.draft_seconds, trace.schedule_seconds, trace.target_seconds, trace.verify_seconds, trace.host_seconds)
+            assert min(phases) >= 0 and sum(phases) <= step.seconds
+    assert notes.steps[0].kv_tokens > 0 and notes.steps[0].kv_bytes > 0 and notes.steps[-1].kv_tokens == 0
+
+
+def test_a_broken_observer_ends_nothing(service):
+    class Broken(Notes):
+        def step(self, step):
+            raise OSError("the server is gone")
+
+    sink = Sink()
+    service(observer=Broken()).submit(IDS, params(10), sink)
+    assert sink.over.wait(60) and len(sink.ids) == 10

@@ -13,6 +13,7 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from client import Client, ClientError
+from triton_repo.families import FAMILIES, PHASES
 from tests.triton.support import emitted, in_flight, settled_metrics, wait_until
 
 PROMPTS = [f"{word} {i}" for i, word in enumerate(("fox", "世界", "🚀 emoji", "мир") * 4)]
@@ -150,13 +151,34 @@ def test_metrics(client, server):
     last = list(client.stream("metrics", max_tokens=30, ignore_eos=True))[-1]
     after = settled_metrics(server)
     grown = {name: after[name] - before[name] for name in before if name.startswith("dspark_")}
+    positions = range(len(last.accepted_per_position))
+    by_position = lambda name: [grown[f'dspark_{name}_total{{position="{k}"}}'] for k in positions]
     assert grown["dspark_emitted_tokens_total"] == 30
-    assert grown["dspark_draft_tokens_total"] == last.total_draft_tokens
-    assert grown["dspark_drafts_total"] == last.num_rounds
-    accepted = [grown[f'dspark_accepted_tokens_total{{position="{k}"}}'] for k in range(len(last.accepted_per_position))]
-    assert accepted == list(last.accepted_per_position)
-    assert grown["dspark_round_seconds_count"] == grown["dspark_rounds_total"] > 0
-    assert (after["dspark_active_requests"], after["dspark_waiting_requests"]) == (0, 0)
+    assert grown["dspark_prompt_tokens_total"] == last.num_input_tokens
+    assert grown["dspark_request_rounds_total"] == grown["dspark_drafts_total"] == last.num_rounds
+    assert grown["dspark_draft_tokens_total"] == len(positions) * last.num_rounds
+    assert by_position("verified_tokens") == [last.num_rounds] * len(positions)
+    assert sum(by_position("verified_tokens")) == last.total_draft_tokens == grown["dspark_scheduled_tokens_sum"]
+    assert by_position("accepted_tokens") == list(last.accepted_per_position)
+    assert grown['dspark_requests_total{finish_reason="length"}'] == 1
+    assert grown["dspark_round_seconds_count"] == grown["dspark_rounds_total"] == last.num_rounds + 1  # one of prefill
+    assert grown["dspark_scheduled_tokens_count"] == last.num_rounds and grown["dspark_rounds_without_draft_total"] == 0
+    assert grown["dspark_ttft_seconds_count"] == 1 and 0 < grown["dspark_ttft_seconds_sum"] < 60
+    assert 0 < grown["dspark_itl_seconds_count"] <= last.num_rounds
+    phases = {phase: grown[f'dspark_phase_seconds_total{{phase="{phase}"}}'] for phase in PHASES}
+    assert min(phases.values()) >= 0 and phases["target"] > 0 and sum(phases.values()) < grown["dspark_round_seconds_sum"]
+    gauges = ("active_requests", "waiting_requests", "kv_tokens")
+    assert [after[f"dspark_{name}"] for name in gauges] == [0, 0, 0] and after["dspark_kv_capacity_bytes"] > 0
+    assert 1 <= after["dspark_acceptance_length"] <= len(positions) + 1
+    assert 'dspark_calibration_error{position="0"}' in after
+
+
+def test_every_documented_family_is_on_the_page(server):
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=5) as page:
+        text = page.read().decode()
+    for f in FAMILIES:
+        assert f"# HELP {f.name} {f.help}\n" in text and f"# TYPE {f.name} {f.kind}\n" in text
+    assert {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE dspark_")} == {f.name for f in FAMILIES}
 
 
 def test_http_refusal_is_a_status_and_a_sentence(server):

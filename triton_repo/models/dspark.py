@@ -11,9 +11,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from decoding.request import RequestError
 from triton_repo.engine import open_service
-from triton_repo.metrics import Metrics
 from triton_repo.repository import Settings, bundle_folder
-from triton_repo.tensors import engine_request, read, round_arrays, sentence, write
+from triton_repo.tensors import engine_request, pack_round, read, sentence, write
 
 
 class Sink:
@@ -24,8 +23,8 @@ class Sink:
 
     def send(self, response, *, final):
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        tensors = write(pb_utils, round_arrays(response))
-        self.sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+        tensor = pb_utils.Tensor("round", pack_round(response))
+        self.sender.send(pb_utils.InferenceResponse(output_tensors=[tensor]), flags=flags)
 
     def fail(self, message):
         error = pb_utils.TritonError(sentence(message), pb_utils.TritonError.INVALID_ARG)
@@ -39,7 +38,11 @@ class TritonPythonModel:
         self.names = [t["name"] for t in config["input"]]
         bundle = bundle_folder(args["model_repository"], values["bundle"])
         settings = Settings.from_parameters(values)
-        self.service = open_service(bundle, settings, lambda size: Metrics(pb_utils, size), os.getppid())
+        say = lambda text: pb_utils.Logger.log_info(f"dspark: {text}")
+        try:
+            self.service = open_service(bundle, settings, pb_utils, os.getppid(), say)
+        except ValueError as error:  # BundleError, ScheduleError: one sentence, no stack trace
+            raise pb_utils.TritonModelException(sentence(error)) from None
 
     def execute(self, requests):
         for request in requests:

@@ -6,6 +6,7 @@ one response comes at its end.
 
 import json
 import os
+import time
 import traceback
 
 import triton_python_backend_utils as pb_utils
@@ -13,8 +14,9 @@ from triton_repo.description import ENGINE
 from triton_repo.ledger import Ledger, ledger_file
 from triton_repo.postprocessing import Postprocessor
 from triton_repo.repository import bundle_folder
-from triton_repo.tensors import read, stop_arrays, write
+from triton_repo.tensors import stop_arrays, unpack_round, write
 
+ASK_SECONDS = 0.2  # between two questions whether a request's client has left: each is a message to the server and back
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -22,25 +24,36 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         bundle = bundle_folder(args["model_repository"], config["parameters"]["bundle"]["string_value"])
-        self.names = [t["name"] for t in config["input"]]
         self.postprocessor = Postprocessor(bundle, self.stop)
         self.ledger = None  # dspark makes it
+        self.asked = {}  # uid: when
 
     def execute(self, requests):
         for request in requests:
-            sender, arrays = request.get_response_sender(), read(pb_utils, request, self.names)
+            sender, r = request.get_response_sender(), unpack_round(request.inputs()[0].as_numpy())
             try:
-                response = self.postprocessor(arrays, cancelled=request.is_cancelled())
+                response = self.postprocessor(r, cancelled=self.is_cancelled(request, r))
             except Exception:  # never an error: it would leave the ensemble's request open for ever
                 pb_utils.Logger.log_error(traceback.format_exc())
-                response = self.postprocessor.give_up(arrays)
+                response = self.postprocessor.give_up(r)
+                self.asked.pop(r.uid, None)
             if response is None:
                 sender.send(flags=FINAL)
             else:
                 sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, response)), flags=FINAL)
             if self.ledger is None:
                 self.ledger = Ledger(ledger_file(os.getppid()), make=False)
-            self.ledger.write(int(arrays["uid"][0]), int(arrays["index"][0]) + 1)
+            self.ledger.write(r.uid, r.index + 1)
+
+    def is_cancelled(self, request, r):
+        now = time.monotonic()
+        if r.finish_reason:
+            self.asked.pop(r.uid, None)
+            return False  # it is over: nothing to stop
+        if now - self.asked.get(r.uid, 0.0) < ASK_SECONDS:
+            return False
+        self.asked[r.uid] = now
+        return request.is_cancelled()
 
     def stop(self, uid):
         """Cancelling an ensemble request does not reach the engine model: tell it."""

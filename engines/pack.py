@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy import ndarray
 
-from engines.base import BackboneBatch, TargetBatch
+from .base import BackboneBatch, TargetBatch
 
 
 def pack_target(
@@ -56,6 +56,7 @@ def pack_backbone(
     G: int,
     capacity: int,
     max_context: int,
+    first_row: int = 0,
 ) -> BackboneBatch:
     """New context `features[r]` (pieces [.., L*d], `counts` [R] rows in all) behind `lengths` [R] injected positions,
     then the block of `anchors` [R] (token ids). A block sees all of its context and, in both directions, itself."""
@@ -74,4 +75,5 @@ def pack_backbone(
         block_position_ids=np.minimum(ends[:, None] + np.arange(G), max_context - 1),
         write_index=lengths,
         mask=np.broadcast_to((np.arange(capacity) < (ends + G)[:, None])[:, None, None], (R, 1, G, capacity)),
+        first_row=first_row,
     )

@@ -1,6 +1,6 @@
 import numpy as np
 
-from decoding.pack import pack_backbone, pack_target
+from engines.pack import pack_backbone, pack_target
 
 
 def test_target_layout():

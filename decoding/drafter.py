@@ -1,0 +1,178 @@
+"""Draft and schedule of a round: which requests get a block, what is in it, how much of it is verified.
+
+Knows: backbone -> markov -> confidence -> scheduler. Refuses to know: the target's verdict, token budgets of prefill.
+
+Legend: R active requests (cache rows 0 .. R-1), B rows that a draft covers, G block size, V_d draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy import ndarray
+
+from engines import Engines
+from engines.base import BackboneResult, ConfidenceBatch, MarkovBatch, MarkovResult
+from engines.pack import pack_backbone
+
+from .metrics import Metrics
+from .request import Sequence
+from .schedule import RoundLoad, RoundState, Scheduler
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The blocks of cache rows first_row .. first_row + B - 1.
+
+    block: markov's result for these B rows (some may be no real ones: requests in prefill or without a draft);
+    drafted [R] bool: rows whose block is a real one; num_draft [R]: how much of it is verified, 0 where there is none;
+    sample_index [Rs]: the rows of the B that the block's draft_probs belong to;
+    confidence_logits [B, G], survival [B, G] (calibrated): None where the confidence engine did not run.
+    """
+
+    first_row: int
+    block: MarkovResult
+    drafted: ndarray
+    num_draft: ndarray
+    sample_index: ndarray
+    confidence_logits: ndarray | None = None
+    survival: ndarray | None = None
+
+    def tokens(self, row: int, count: int) -> list[int]:
+        """The first `count` draft tokens of cache row `row`."""
+        return self.block.draft_tokens[row - self.first_row, :count].tolist()
+
+    def probs_row(self, block_row: int) -> int:
+        """Where the draft_probs of row `block_row` of the B lie."""
+        return int(np.searchsorted(self.sample_index, block_row))
+
+    def spread(self, array: ndarray) -> ndarray:
+        """[R, G] float32: rows of `array` [B, G] where they belong, NaN for rows without a draft."""
+        wide = np.full((len(self.drafted), array.shape[1]), np.nan, np.float32)
+        wide[self.first_row : self.first_row + len(array)] = array
+        wide[~self.drafted] = np.nan
+        return wide
+
+
+def markov_batch(members: list[Sequence], drafted: ndarray, anchors: ndarray, backbone: BackboneResult, vocab_size: int) -> MarkovBatch:
+    """Of the B `members`, those with a real draft (`drafted` [B]) get the randomness of their accept rule."""
+    G = backbone.base_logits.shape[1]
+    drawn = [i for i, s in enumerate(members) if s.drawn and drafted[i]]
+    coupled = [i for i, s in enumerate(members) if s.coupled and drafted[i]]
+    temperatures = lambda at: np.array([members[i].temperature for i in at], np.float32)
+    noise = [members[i].noise(G) for i in coupled]
+    return MarkovBatch(
+        hidden=backbone.hidden,
+        base_logits=backbone.base_logits,
+        anchor_ids=anchors,
+        sample_index=np.array(drawn, np.int64),
+        temperature=temperatures(drawn),
+        uniforms=np.stack([members[i].draft_uniforms(G) for i in drawn]) if drawn else np.zeros((0, G), np.float32),
+        match_index=np.array(coupled, np.int64),
+        match_temperature=temperatures(coupled),
+        noise=(noise[0][None] if len(noise) == 1 else np.stack(noise)) if noise else np.zeros((0, G, vocab_size), np.float32),
+    )
+
+
+class Drafter:
+    """Makes the drafts of a loop's rows. `wants_confidence`: run the confidence engine whatever the scheduler says."""
+
+    def __init__(self, engines: Engines, scheduler: Scheduler, metrics: Metrics, token_budget: int, wants_confidence: bool):
+        bundle = engines.bundle
+        self.engines, self.scheduler, self.metrics = engines, scheduler, metrics
+        self.G, self.max_context, self.token_budget = bundle.draft.block_size, bundle.max_context, token_budget
+        self.V = bundle.target.vocab_size
+        self.confidence = scheduler.uses_confidence or wants_confidence
+        self._temperatures = np.array([bundle.temperatures(False), bundle.temperatures(True)], np.float32)  # greedy, sampled
+        self._biases = np.array([bundle.biases(False), bundle.biases(True)], np.float32)
+        self._turn = 0  # where the last probe ended: probes go round the rows
+
+    def draft(self, rows: list[Sequence], decode: ndarray, prefill: int, room: int) -> Draft | None:
+        """The blocks of this round and how much of each is verified; None when there is none.
+
+        decode [R] bool: rows in decode; prefill: prompt tokens that this step feeds; room: draft tokens that fit into its token budget.
+        Waiting context is handed to the draft on the way, also for requests still in prefill (their block is ignored).
+        """
+        ready = decode & np.array([s.speculative for s in rows])
+        load = self._load(rows, decode, ready, prefill)
+        started = perf_counter()
+        wanted = min(self.scheduler.draft(load), load.requests) if load.requests else 0
+        self.metrics.add("schedule", perf_counter() - started)
+        if not wanted:
+            if max(s.pending_rows for s in rows) >= 2 * self.token_budget:
+                self._backbone(rows, 0, len(rows), ready)
+            return None
+        self.metrics.probes += self.scheduler.probing
+        first, count = (0, len(rows)) if wanted == load.requests else self._window(ready, wanted)
+        drafted = ready.copy()
+        drafted[:first] = drafted[first + count :] = False
+        here = slice(first, first + count)
+        members = rows[here]
+        anchors, backbone = self._backbone(rows, first, count, drafted[here])
+        batch = markov_batch(members, drafted[here], anchors, backbone, self.V)
+        sample_index = batch.sample_index
+        block = self.metrics.timed("markov", self.engines.markov, batch)
+        logits = confidence = None
+        if self.confidence:
+            batch = ConfidenceBatch(backbone.hidden, block.markov_embeddings)
+            logits = self.metrics.timed("confidence", self.engines.confidence, batch).confidence_logits
+            kind = np.array([s.temperature > 0 for s in members], np.int64)
+            confidence = sigmoid(logits / self._temperatures[kind] + self._biases[kind])
+        started = perf_counter()
+        num_draft = np.zeros(len(rows), np.int64)
+        at = np.flatnonzero(drafted)
+        real = at - first
+        num_draft[at] = self.scheduler.lengths(
+            RoundState(
+                confidence=np.ones((len(at), self.G), np.float32) if confidence is None else confidence[real],
+                threshold=np.array([_threshold(rows[i]) for i in at]),
+                context=np.array([len(rows[i].tokens) for i in at]),
+                plain=load.requests + load.plain - len(at),
+                prefill=prefill,
+                room=room,
+            )
+        )
+        self.metrics.add("schedule", perf_counter() - started)
+        survival = None if confidence is None else np.cumprod(confidence, axis=1)
+        return Draft(first, block, drafted, num_draft, sample_index, logits, survival)
+
+    @staticmethod
+    def _load(rows: list[Sequence], decode: ndarray, ready: ndarray, prefill: int) -> RoundLoad:
+        requests, decoding = int(ready.sum()), int(decode.sum())
+        cached = sum(s.target_length for s, d in zip(rows, decode) if d)
+        return RoundLoad(requests, decoding - requests, prefill, cached / decoding if decoding else 0.0)
+
+    def _window(self, ready: ndarray, wanted: int) -> tuple[int, int]:
+        """(first row, rows): a stretch of rows that holds `wanted` requests to draft for, another one at each probe."""
+        at = np.flatnonzero(ready)
+        start = self._turn % (len(at) - wanted + 1)
+        self._turn = start + wanted
+        return int(at[start]), int(at[start + wanted - 1] - at[start]) + 1
+
+    def _backbone(self, rows: list[Sequence], first: int, count: int, drafted: ndarray):
+        """(anchors [count], backbone's result) of rows first .. first + count - 1, their waiting context handed over."""
+        members = rows[first : first + count]
+        counts = np.array([s.pending_rows for s in members], np.int64)
+        lengths = np.array([s.draft_length for s in members], np.int64)
+        anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(members, drafted)], np.int64)
+        longest = max(s.target_length for s in rows) + self.G + 1
+        self.engines.ensure_capacity(len(rows), max(int((lengths + counts).max()) + self.G, longest))
+        pieces = [s.pending for s in members]
+        capacity = self.engines.draft_capacity
+        batch = pack_backbone(pieces, counts, lengths, anchors, self.G, capacity, self.max_context, first)
+        result = self.metrics.timed("backbone", self.engines.backbone, batch)
+        for s in members:
+            s.injected()
+        return anchors, result
+
+
+def _threshold(s: Sequence) -> float:
+    own = s.request.params.threshold
+    return np.nan if own is None else own
+
+
+def sigmoid(x: ndarray) -> ndarray:
+    """Without overflow, in x's dtype."""
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
