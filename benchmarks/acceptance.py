@@ -22,6 +22,7 @@ TITLE = "Acceptance: tokens per target pass (bonus included); per position, % of
 COLUMNS = (
     ("prompts", lambda r: r["name"]),
     ("temperature", lambda r: f"{r['temperature']:g}"),
+    ("rule", lambda r: r.get("accept") or ""),
     ("n", lambda r: str(r["prompts"])),
     ("output tokens", lambda r: str(r["output_tokens"])),
     ("acceptance length", lambda r: f"{r['acceptance_length']:.2f}"),
@@ -38,9 +39,10 @@ def measure(
     max_tokens: int,
     concurrency: int,
     seed: int,
+    accept: str = "rejection",
     progress=lambda done: None,
 ) -> dict:
-    """One row: acceptance over all rounds of all prompts, and what the answers were like."""
+    """One row: acceptance over all rounds of all prompts, and what the answers were like. A greedy row has no rule."""
     done = run(
         opened,
         Fixed(),
@@ -49,10 +51,12 @@ def measure(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
+        accept=accept,
         progress=progress,
     )
+    rule = {"accept": accept} if temperature else {}
     tokens = sum(len(t.tokens) for t in done.timings)
-    return {"temperature": temperature, "prompts": len(prompts), "output_tokens": tokens, **done.acceptance.as_json()}
+    return {"temperature": temperature, **rule, "prompts": len(prompts), "output_tokens": tokens, **done.acceptance.as_json()}
 
 
 @app.command()
@@ -67,6 +71,8 @@ def main(
     limit: Annotated[int, typer.Option(help="prompts of each file")] = 40,
     max_tokens: Annotated[int, typer.Option(help="of each answer")] = 256,
     concurrency: Annotated[int, typer.Option(help="requests decoded together")] = 8,
+    accept: Annotated[list[str], typer.Option(help="rule of the sampled rows; repeat to compare")] = ["rejection"],
+    temperature: Annotated[str, typer.Option(help="one row each")] = "0,1",
     seed: int = 0,
     out: Path = Path("build/acceptance.json"),
 ) -> None:
@@ -80,21 +86,22 @@ def main(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for path in prompts:
             encoded = [ids for ids in encode(bundle, read_items(path, limit)) if len(ids) <= longest]
-            for temperature in (0.0, 1.0):
-                task = bar.add_task(f"{path.stem} T={temperature:g}", total=len(encoded))
+            for degree, rule in ((t, a) for t in map(float, temperature.split(",")) for a in (accept if t else accept[:1])):
+                task = bar.add_task(f"{path.stem} T={degree:g}", total=len(encoded))
                 row = measure(
                     opened,
                     encoded,
-                    temperature=temperature,
+                    temperature=degree,
                     max_tokens=max_tokens,
                     concurrency=concurrency,
                     seed=seed,
+                    accept=rule,
                     progress=lambda done: bar.update(task, completed=done),
                 )
                 rows.append({"name": path.stem, **row})
                 bar.remove_task(task)
                 if not console.is_terminal:
-                    console.print(f"{path.stem} T={temperature:g}: {row['acceptance_length']:.3f}")
+                    console.print(f"{path.stem} T={degree:g} {row.get('accept', '')}: {row['acceptance_length']:.3f}")
                 write_result(out, {**settings, "rows": rows})
     console.print(rich_table(TITLE, COLUMNS, rows))
     console.print(f"written: {out}", soft_wrap=True)

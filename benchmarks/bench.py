@@ -10,6 +10,7 @@ warmed up first; that run also says how many tokens make `--seconds`, the same n
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,11 +47,11 @@ COLUMNS = (
     ("host %", lambda r: "" if r["host_share"] is None else f"{100 * r['host_share']:.1f}"),
 )
 LEGEND = (
-    "direct: in process; tok/s: output tokens of all users while all are busy; to none: ratio to mode `none` in the same run; "
-    "per user: tokens a second after the first; TTFT: ms, median of requests sent under load; ITL: ms per token, median and 95th "
-    "percentile; acc.: tokens a target pass, bonus included (acceptance length); ver.: draft tokens verified in a round of a "
-    "request; rej.: share of those that were rejected; host: share of the loop's time outside the engines (over gRPC: of the "
-    "server's, with the start of the load)."
+    "direct: in process; tok/s: output tokens of all users while all are busy; to none: ratio to mode `none` in the same "
+    "run; per user: tokens a second after the first; TTFT: ms, median of requests sent under load; ITL: ms per token, median "
+    "and 95th percentile; acc.: tokens a target pass, bonus included (acceptance length); ver.: draft tokens verified in a "
+    "round of a request; rej.: share of those that were rejected; host: share of the loop's time outside the engines (over "
+    "gRPC: of the server's, with the start of the load)."
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Runner = Callable[[str, str, Plan], dict]  # (mode, kind, plan) -> what a window measured
@@ -85,7 +86,7 @@ def in_process(bundle: Path, items: dict[str, list[Item]], threshold: float, sta
 def over_grpc(
     bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, slots: int, stack: ExitStack
 ) -> Runner:
-    """A Triton server for each mode that drafts, idle while it is not asked; `none` is speculative = false at one of them."""
+    """A Triton server for each mode that drafts, idle while it is not asked; `none` is speculative = false at one."""
     from triton_repo.repository import Settings
     from triton_repo.runtime import Ports
     from triton_repo.server import TritonServer
@@ -241,6 +242,8 @@ def main(
         manifest = bundles.ensure(target, draft, bundle, dtype)
         if set(names) & set(bundles.LOAD_AWARE):
             bundles.ensure_profile(bundle)
+            manifest = json.loads((bundle / "manifest.json").read_text())
+        run |= {name: (manifest.get(key) or {}).get("date") for name, key in (("profile", "sps"), ("calibration",) * 2)}
         same["bundle"] = fingerprint(manifest)
     grid = Grid(out, same, run, say=lambda sentence: console.print(sentence, soft_wrap=True))
     try:
@@ -258,9 +261,9 @@ def main(
                 here = {path: runners[path] for path in runners if path == "in_process" or level in served}
                 for kind in files if here else ():
                     plan = Plan(level, 0, max_tokens, temperature=temperature, seed=seed)
-                    with console.status(f"{kind}, {level} users"):
+                    with console.status(f"{kind}, {level} user{'s' * (level > 1)}"):
                         rows = measure(here, names, kind, plan, prompts=len(items[kind]), repeats=repeats, seconds=seconds)
-                    console.print(rich_table(f"{kind}, {level} users", COLUMNS[2:], grid.put(rows)))
+                    console.print(rich_table(f"{kind}, {level} user{'s' * (level > 1)}", COLUMNS[2:], grid.put(rows)))
     except (BundleError, ClientError, ServerError, RequestError) as error:
         bundles.fail(str(error))
     console.print(LEGEND, style="dim")

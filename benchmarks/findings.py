@@ -88,7 +88,7 @@ def claim(rows: Sequence[dict], mode: str = "lagged") -> tuple[str, str]:
     worst = min(cells, key=ratio)
     said = (
         f"`{mode}` is at least {LAGGED_BOUND:g} x the better of none and fixed in {held} of {len(cells)} cells, and faster than "
-        f"both in {above}; the lowest ratio is {ratio(worst):.3f} ({first(worst)['kind']}, {first(worst)['concurrency']} users)."
+        f"both in {above}; the lowest ratio is {ratio(worst):.3f} ({first(worst)['kind']}, {_users(first(worst)['concurrency'])})."
     )
     return said, markdown_table(columns, cells)
 
@@ -124,7 +124,7 @@ def grpc(rows: Sequence[dict]) -> tuple[str, str]:
     held, worst = sum(r["grpc_ratio"] >= GRPC_BOUND for r in found), min(found, key=lambda r: r["grpc_ratio"])
     said = (
         f"Through Triton the throughput is at least {GRPC_BOUND:g} x that of the loop in process in {held} of {len(found)} cells; the "
-        f"lowest ratio is {worst['grpc_ratio']:.3f} ({worst['mode']}, {worst['kind']}, {worst['concurrency']} users)."
+        f"lowest ratio is {worst['grpc_ratio']:.3f} ({worst['mode']}, {worst['kind']}, {_users(worst['concurrency'])})."
     )
     return said, markdown_table(columns, found)
 
@@ -210,3 +210,7 @@ def _span(values: Iterable[float]) -> str:
 
 def _verdict(holds: bool) -> str:
     return "yes" if holds else "**no**"
+
+
+def _users(n: int) -> str:
+    return f"{n} user{'s' * (n != 1)}"

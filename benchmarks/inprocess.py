@@ -78,13 +78,14 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     token_budget: int = 512,
+    accept: str = "rejection",
     progress=lambda done: None,
 ) -> Run:
     """Answers every prompt (token ids), `concurrency` at a time. Request i has the seed `seed + i`.
 
     Raises RuntimeError when a request ends in an error.
     """
-    loop = Loop(engines, scheduler, max_requests=concurrency, token_budget=token_budget)
+    loop = Loop(engines, scheduler, max_requests=concurrency, token_budget=token_budget, accept=accept)
     acceptance, timings, done = Acceptance(), [], 0
     while done < len(prompts):
         while len(timings) < len(prompts) and len(timings) - done < concurrency:

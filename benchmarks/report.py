@@ -95,7 +95,7 @@ def accept_section(results: list[dict]) -> str:
     if not rows:
         return ""
     rows.sort(key=lambda r: (r["name"], r["temperature"], r["accept"]))
-    columns = (acceptance.COLUMNS[0], ("rule", lambda r: r["accept"]), *acceptance.COLUMNS[1:])
+    columns = acceptance.COLUMNS
     named = next(r for r in reversed(results) if "accept" in r or any(row.get("accept") for row in r["rows"]))
     return section(what(named), named, columns, rows)
 

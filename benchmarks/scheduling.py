@@ -2,7 +2,7 @@
 
 Knows: the scheduler's protocol (decoding/schedule.py). Refuses to know: how a decision is made.
 
-A decision is everything that a scheduler does for one step: draft, lengths, observe, timed, with fresh confidences each time.
+A decision is everything that a scheduler does for one step: draft, lengths, observe, timed; fresh confidences each time.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def decisions(name: str, requests: int, *, count: int = 1000, seed: int = 0) -> 
     return {"scheduler": name, "requests": requests, "median_us": round(float(p50), 2), "p99_us": round(float(p99), 2)}
 
 
-def host(opened, prompts: Sequence[Sequence[int]], modes: Sequence[str], requests: int, tokens: int, repeats: int) -> list[dict]:
+def host(
+    opened, prompts: Sequence[Sequence[int]], modes: Sequence[str], requests: int, tokens: int, repeats: int
+) -> list[dict]:
     """A row a mode: medians over interleaved windows of the round's time and of what the engines leave of it."""
     from .inprocess import steady
 

@@ -23,7 +23,7 @@ def main(
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that hold this much probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Least probability, as a share of the highest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: prompt and output tokens again less.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens of prompt and output less.")] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="Above 0: output tokens again less.")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="The same, once for each time it came.")] = None,
     logit_bias: Annotated[str | None, typer.Option(help='JSON: {"token id": bias}.')] = None,

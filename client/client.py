@@ -90,8 +90,29 @@ class Chunk:
         return cls(**values)
 
 
+class _Connection:
+    """A gRPC stream, and the queue that its answers go to. One request at a time."""
+
+    def __init__(self, url: str, timeout: float | None):
+        self.answers = answers = queue.Queue()  # not self: the callback must not keep a forgotten stream alive
+        self.grpc = grpc.InferenceServerClient(url)
+        self.grpc.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=timeout)
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing has come since its last request ended: it did not break."""
+        return self.answers.empty()
+
+    def close(self, *, cancel: bool = False) -> None:
+        self.grpc.stop_stream(cancel_requests=cancel)
+        self.grpc.close()
+
+
 class Client:
     """Requests to one server. Streams are independent: any number may run at once, from any threads.
+
+    `with Client(url) as client:` keeps the connections of streams that ended for the next ones (4 ms of CPU time
+    a request) until the block's end; without it every stream has its own.
 
     timeout: seconds that a whole request may take (None = no bound); stall: seconds without any response, queueing and
     prefill included, after which the server counts as dead. A dead model leaves callers waiting, so keep one of them.
@@ -99,6 +120,35 @@ class Client:
 
     def __init__(self, url: str = "127.0.0.1:8001", *, timeout: float | None = 600.0, stall: float | None = 120.0):
         self.url, self.timeout, self.stall = url, timeout, stall
+        self._kept: list[_Connection] | None = None  # list.append and list.pop are atomic
+
+    def __enter__(self) -> "Client":
+        self._kept = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kept, self._kept = self._kept, None
+        for connection in kept:
+            connection.close()
+
+    def _connect(self) -> _Connection:
+        while self._kept:
+            try:
+                connection = self._kept.pop()
+            except IndexError:
+                break
+            if connection.fresh:
+                return connection
+            connection.close(cancel=True)
+        # A kept connection outlives its first request's deadline, which is then watched here alone.
+        return _Connection(self.url, self.timeout if self._kept is None else None)
+
+    def _give_back(self, connection: _Connection) -> None:
+        kept = self._kept
+        if kept is None:
+            connection.close()
+        else:
+            kept.append(connection)
 
     def stream(self, prompt: Prompt, **parameters: Any) -> "Stream":
         """Sends a request; iterate for its chunks. prompt: text (the chat template is applied, unless raw=True), a list
@@ -108,20 +158,23 @@ class Client:
     def generate(self, prompt: Prompt, **parameters: Any) -> Chunk:
         """The whole answer in one chunk. Raises ClientError."""
         with Stream(self, _inputs(prompt, parameters, stream=False)) as stream:
-            return next(stream)
+            chunk = next(stream)
+            if self._kept is not None:  # its end may be a response of its own: with it the connection can be kept
+                for _ in stream:
+                    pass
+            return chunk
 
 
 class Stream(Iterator[Chunk]):
     """The chunks of one request, in order. Raises ClientError. Closing it early cancels the request on the server."""
 
     def __init__(self, client: Client, inputs: list[grpc.InferInput]):
-        self._client, self._answers, self._over = client, queue.Queue(), False
+        self._client, self._over = client, False
         self._deadline = None if client.timeout is None else time.monotonic() + client.timeout
-        self._grpc = grpc.InferenceServerClient(client.url)
-        answers = self._answers  # not self: the callback must not keep a forgotten stream alive
-        self._grpc.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=client.timeout)
+        self._connection = client._connect()
+        self._answers = self._connection.answers
         try:
-            self._grpc.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
+            self._connection.grpc.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
         except InferenceServerException as failure:  # the stream broke already; why, comes through the callback
             try:
                 error = self._answers.get(timeout=1.0)[1] or failure
@@ -150,8 +203,7 @@ class Stream(Iterator[Chunk]):
         """Cancels what still runs. May be called at any time, more than once."""
         if not self._over:
             self._over = True
-            self._grpc.stop_stream(cancel_requests=True)
-            self._grpc.close()
+            self._connection.close(cancel=True)
 
     def __enter__(self) -> "Stream":
         return self
@@ -160,13 +212,12 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_grpc", None) is not None:
+        if getattr(self, "_connection", None) is not None:
             self.close()
 
     def _finish(self) -> None:
         self._over = True
-        self._grpc.stop_stream()
-        self._grpc.close()
+        self._client._give_back(self._connection)
 
     def _take(self) -> tuple[grpc.InferResult | None, InferenceServerException | None]:
         left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)

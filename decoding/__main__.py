@@ -46,6 +46,7 @@ def generate(
     max_requests: Annotated[int, typer.Option(help="Requests decoded at once.")] = 16,
     token_budget: Annotated[int, typer.Option(help="Tokens of one target pass.")] = 512,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max_tokens.")] = False,
+    accept: Annotated[str, typer.Option(help="rejection or coupled, for lines that name neither.")] = "rejection",
     threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
     report: Annotated[Optional[Path], typer.Option(help="Write the run's metrics to this JSON file.")] = None,
 ) -> None:
@@ -55,7 +56,8 @@ def generate(
     """
     try:
         loaded = engines.load(bundle, threads=threads)
-        loop = Loop(loaded, for_engines(loaded, schedule, threshold), max_requests=max_requests, token_budget=token_budget)
+        scheduler = for_engines(loaded, schedule, threshold)
+        loop = Loop(loaded, scheduler, max_requests=max_requests, token_budget=token_budget, accept=accept)
         tokenizer = load_tokenizer(loaded)
         defaults = SamplingParams(max_tokens, temperature, seed, ignore_eos)
         answers = read_answers(input, tokenizer, defaults)
@@ -64,7 +66,7 @@ def generate(
         raise _fail(error) from None
     if report:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps({"bundle": str(bundle), "schedule": schedule, **summary}, indent=1) + "\n")
+        report.write_text(json.dumps({"bundle": str(bundle), "schedule": schedule, "accept": accept, **summary}, indent=1) + "\n")
     print(
         f"{summary['requests']} requests ({summary['refused']} failed), {summary['output_tokens']} tokens in "
         f"{summary['seconds']:.1f} s, {summary['tokens_per_second']:.1f} tok/s, acceptance length "

@@ -231,8 +231,8 @@ def _scored(engines: Engines, prompt: tuple[int, ...], outputs: list[list[int]],
         group = outputs[start : start + rows]
         R, longest = len(group), max(map(len, group))
         engines.ensure_capacity(R, len(prompt) + longest)
-        if start == 0 or R != rows:
-            _pass(engines, [prompt[:-1]] * R, np.zeros(R, np.int64), np.zeros(R, np.int64)) if len(prompt) > 1 else None
+        if start == 0 and len(prompt) > 1:  # later groups find the prompt in their rows
+            _pass(engines, [prompt[:-1]] * R, np.zeros(R, np.int64), np.ones(R, np.int64))
         fed = [[prompt[-1], *output[:-1]] for output in group]
         counts = np.array([len(f) for f in fed], np.int64)
         logits = _pass(engines, fed, np.full(R, len(prompt) - 1, np.int64), counts)

@@ -18,6 +18,7 @@ from engines.base import BackboneResult, ConfidenceBatch, MarkovBatch, MarkovRes
 from engines.pack import pack_backbone
 
 from .metrics import Metrics
+from .random import prepare_draft
 from .request import Sequence
 from .schedule import RoundLoad, RoundState, Scheduler
 
@@ -61,6 +62,7 @@ def markov_batch(members: list[Sequence], drafted: ndarray, anchors: ndarray, ba
     G = backbone.base_logits.shape[1]
     drawn = [i for i, s in enumerate(members) if s.drawn and drafted[i]]
     coupled = [i for i, s in enumerate(members) if s.coupled and drafted[i]]
+    prepare_draft([members[i].stream for i in drawn], G)
     temperatures = lambda at: np.array([members[i].temperature for i in at], np.float32)
     noise = [members[i].noise(G) for i in coupled]
     return MarkovBatch(

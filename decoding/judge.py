@@ -18,7 +18,7 @@ from engines.base import TargetResult, VerifyBatch
 
 from .drafter import Draft
 from .metrics import Metrics
-from .random import ACCEPT, NEXT
+from .random import ACCEPT, NEXT, prepare_judge
 from .request import ACCEPT_RULES, Sequence
 
 TOP_COUNT = 64  # what a nucleus is looked for in first; four times as much where it did not fit
@@ -225,6 +225,7 @@ def _rejections(judge: Judge, placed, draft: Draft | None, first_row: int, row_i
                 block_row = first_row + c.row - draft.first_row
                 indices[k] = draft.block.draft_indices[block_row]
                 rows[k] = draft.probs_row(block_row)
+    prepare_judge([c.sequence.stream for _, c, _ in placed], [len(c.sequence.tokens) for _, c, _ in placed], G + 1)
     at = np.array([i for i, _, _ in placed], np.int64)
     moved = np.array([first - (c.start - start) for _, c, first in placed], np.int64)  # from rows of logits to wide rows
     return {

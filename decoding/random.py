@@ -15,27 +15,26 @@ import numpy as np
 from numpy import ndarray
 
 DRAFT, ACCEPT, NEXT = 0, 1, 2  # purposes: draw of a draft token, its judgement, the token after the last accepted one
-PURPOSES = 3
+AHEAD = 64  # numbers made at once for a request
 
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
-def philox4x32(counter: ndarray, key: tuple[int, int]) -> ndarray:
-    """Ten rounds of Philox-4x32. counter [4, ...] of 32-bit words in uint64; key two 32-bit words. Returns [4, ...]."""
+def philox4x32(counter: ndarray, key: ndarray) -> ndarray:
+    """Ten rounds of Philox-4x32. counter [4, ...] and key [2, ...] (it broadcasts) of 32-bit words in uint64. Returns [4, ...]."""
     even, odd = counter[0::2], counter[1::2]  # words 0 and 2, words 1 and 3
-    column = (2,) + (1,) * (counter.ndim - 1)
-    multipliers = _MULTIPLIERS.reshape(column)
+    multipliers = _MULTIPLIERS.reshape(2, *(1,) * (counter.ndim - 1))
+    weyl = _WEYL.reshape(2, *(1,) * (key.ndim - 1))
     for i in range(10):
-        keys = np.array([(k + i * w) & 0xFFFFFFFF for k, w in zip(key, _WEYL)], np.uint64).reshape(column)
         product = (even * multipliers)[::-1]
-        even, odd = (product >> _SHIFT) ^ odd ^ keys, product & _LOW
+        even, odd = (product >> _SHIFT) ^ odd ^ ((key + np.uint64(i) * weyl) & _LOW), product & _LOW
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
 def uniforms(
-    seed: int, position: ndarray | int, purpose: ndarray | int, slot: ndarray | int = 0, twin: int = 0
+    seed: ndarray | int, position: ndarray | int, purpose: ndarray | int, slot: ndarray | int = 0, twin: ndarray | int = 0
 ) -> ndarray:
     """float32 uniforms of the arguments' broadcast shape: k * 2^-23, so 0 <= u <= 1 - 2^-23.
 
@@ -44,13 +43,15 @@ def uniforms(
     The counter is (position low, position high, purpose + 4 * twin, slot); the first output word's upper 23 bits are used.
     u <= 1 - 2^-23 makes u * total < total in float32: an inverse CDF never runs past its end.
     """
-    if not 0 <= seed < 1 << 64:
+    if isinstance(seed, int) and not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}; it must lie in 0..2^64-1.")
-    position, purpose, slot = (np.asarray(x, np.uint64) for x in (position, purpose, slot))
-    counter = np.zeros((4, *np.broadcast_shapes(position.shape, purpose.shape, slot.shape)), np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = position & _LOW, position >> _SHIFT, purpose, slot
-    counter[2] += np.uint64(4 * twin)
-    word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[0]
+    seed, position, purpose, slot, twin = (np.asarray(x, np.uint64) for x in (seed, position, purpose, slot, twin))
+    shape = np.broadcast_shapes(seed.shape, position.shape, purpose.shape, slot.shape, twin.shape)
+    counter = np.empty((4, *shape), np.uint64)
+    counter[0], counter[1] = position & _LOW, position >> _SHIFT
+    counter[2], counter[3] = purpose + np.uint64(4) * twin, slot
+    key = np.stack([seed & _LOW, seed >> _SHIFT])
+    word = philox4x32(counter, key.reshape(2, *(1,) * (len(shape) - seed.ndim), *seed.shape))[0]
     return (word >> np.uint64(9)).astype(np.float32) * np.float32(2.0**-23)
 
 
@@ -73,35 +74,55 @@ def gumbel(seed: int, position: int, out: ndarray) -> ndarray:
 
 
 class Uniforms:
-    """One request's uniforms, made some positions ahead."""
-
-    AHEAD = 128
+    """One request's uniforms, made ahead; `prepare_judge` and `prepare_draft` make them for many requests at once."""
 
     def __init__(self, seed: int, first: int, twin: int = 0):
         """`first`: the first position that will be asked for."""
         self.seed, self.twin, self.first, self.drafts = seed, twin, first, 0
-        self._judge = np.zeros((2, 0), np.float32)  # ACCEPT and NEXT of positions first ..
-        self._draft = np.zeros((0, 0), np.float32)  # of drafts _draft_first .., [drafts, G]
-        self._draft_first = 0
+        self.judges = np.zeros((2, 0), np.float32)  # ACCEPT and NEXT of positions first ..
+        self.blocks, self.first_block = np.zeros((0, 0), np.float32), 0  # [drafts, G] of drafts first_block ..
 
     def judge(self, purpose: int, position: int, count: int) -> ndarray:
         """[count] ACCEPT or NEXT uniforms of positions position .. position + count - 1."""
-        start, have = position - self.first, self._judge.shape[1]
-        if start + count > have:
-            more = self.first + np.arange(have, start + count + self.AHEAD)
-            fresh = uniforms(self.seed, more[None], np.array([[ACCEPT], [NEXT]]), twin=self.twin)
-            self._judge = np.concatenate([self._judge, fresh], axis=1)
-        return self._judge[purpose - ACCEPT, start : start + count]
+        prepare_judge([self], [position], count)
+        start = position - self.first
+        return self.judges[purpose - ACCEPT, start : start + count]
 
     def draft(self, slots: int) -> ndarray:
         """[slots] for the request's next draft: no two calls give the same numbers."""
-        row = self.drafts - self._draft_first
-        if row >= len(self._draft):
-            numbers = self.drafts + np.arange(max(self.AHEAD // slots, 1))
-            self._draft = uniforms(self.seed, numbers[:, None], DRAFT, np.arange(slots)[None], self.twin)
-            self._draft_first, row = self.drafts, 0
+        prepare_draft([self], slots)
         self.drafts += 1
-        return self._draft[row]
+        return self.blocks[self.drafts - 1 - self.first_block]
+
+
+def prepare_judge(streams: list[Uniforms], positions: list[int], count: int) -> None:
+    """Makes what `judge` will be asked for: `count` positions from each of `positions` on."""
+    short = [u for u, p in zip(streams, positions) if p - u.first + count > u.judges.shape[1]]
+    if not short:
+        return
+    starts = np.array([u.first + u.judges.shape[1] for u in short], np.int64)
+    needed = max(p + count for p in positions) - int(starts.min())
+    place = starts[:, None] + np.arange(max(needed, AHEAD))
+    seeds, twins = _keys(short)
+    fresh = uniforms(seeds[:, None, None], place[:, None], np.array([[ACCEPT], [NEXT]]), twin=twins[:, None, None])
+    for u, rows in zip(short, fresh):
+        u.judges = np.concatenate([u.judges, rows], axis=1)
+
+
+def prepare_draft(streams: list[Uniforms], slots: int) -> None:
+    """Makes what the next `draft` will be asked for."""
+    short = [u for u in streams if u.drafts - u.first_block >= len(u.blocks)]
+    if not short:
+        return
+    numbers = np.array([u.drafts for u in short], np.int64)[:, None] + np.arange(max(AHEAD // slots, 1))
+    seeds, twins = _keys(short)
+    fresh = uniforms(seeds[:, None, None], numbers[..., None], DRAFT, np.arange(slots), twins[:, None, None])
+    for u, blocks in zip(short, fresh):
+        u.blocks, u.first_block = blocks, u.drafts
+
+
+def _keys(streams: list[Uniforms]) -> tuple[ndarray, ndarray]:
+    return np.array([u.seed for u in streams], np.uint64), np.array([u.twin for u in streams], np.uint64)
 
 
 class Noise:

@@ -206,7 +206,7 @@ class Sequence:
         self.drawn = sampled and not self.coupled  # judged by rejection sampling
         self.filtered = sampled and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         self.edits = Edits.of(p, self.prompt_length, self.limits.eos_token_ids)
-        self._uniforms = Uniforms(int(p.seed), self.prompt_length, self.twin) if self.drawn else None
+        self.stream = Uniforms(int(p.seed), self.prompt_length, self.twin) if self.drawn else None
         self._noise = Noise(int(p.seed), self.limits.vocab_size) if self.coupled else None
 
     @property
@@ -221,11 +221,11 @@ class Sequence:
 
     def uniforms(self, purpose: int, count: int) -> ndarray:
         """[count] ACCEPT or NEXT uniforms for the tokens after the newest one, of a request with `drawn`."""
-        return self._uniforms.judge(purpose, len(self.tokens), count)
+        return self.stream.judge(purpose, len(self.tokens), count)
 
     def draft_uniforms(self, slots: int) -> ndarray:
         """[slots] for the next draft of a request with `drawn`; to be called once a draft."""
-        return self._uniforms.draft(slots)
+        return self.stream.draft(slots)
 
     def noise(self, count: int) -> ndarray:
         """[count, V] Gumbel noise for the tokens after the newest one, of a request with `coupled`."""

@@ -67,24 +67,24 @@ class Edits:
         """For rows 0 .. len(draft): row j gives the token after `text` (prompt and output) and the first j of `draft`."""
         self._follow(text)
         n, base = len(draft), len(self._column)
-        extra = [*draft] if self.counts_output else []
         bans = [self._bans(text, draft[:j]) for j in range(n + 1)]
-        extra += [token for row in bans for token in row]
-        column = dict(self._column)
-        for token in extra:
-            column.setdefault(token, len(column))
-        U = len(column)
-        tokens = np.fromiter(column, np.int64, U)
+        new: dict[int, int] = {}  # columns for this block only
+        for token in [*(draft if self.counts_output else ()), *(t for row in bans for t in row)]:
+            if token not in self._column:
+                new.setdefault(token, base + len(new))
+        column = lambda token: new[token] if token in new else self._column[token]
+        U = base + len(new)
+        tokens = np.concatenate([self._tokens[:base], np.fromiter(new, np.int64, len(new))])
         seen, count, bias = np.zeros((n + 1, U), bool), np.zeros((n + 1, U)), np.zeros(U)
         seen[:, :base], count[:, :base], bias[:base] = self._seen[:base], self._count[:base], self._bias[:base]
         if self.counts_output:
             for j, token in enumerate(draft, start=1):
-                seen[j:, column[token]] = True
-                count[j:, column[token]] += 1
+                seen[j:, column(token)] = True
+                count[j:, column(token)] += 1
         scale = np.where(seen, self.repetition, 1.0).astype(np.float32)
         add = (bias - self.presence * (count > 0) - self.frequency * count).astype(np.float32)
         for j, row in enumerate(bans):
-            add[j, [column[token] for token in row]] = BAN
+            add[j, [column(token) for token in row]] = BAN
         return Block(tokens, scale, add)
 
     def _bans(self, text: list[int], draft: list[int]) -> list[int]:

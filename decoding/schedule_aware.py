@@ -18,7 +18,7 @@ from collections import deque
 import numpy as np
 from numpy import ndarray
 
-from engines.sps import Sps
+from engines.sps import STEP, Sps
 
 from .schedule import RoundLoad, RoundState, Scheduler
 
@@ -28,7 +28,11 @@ HIGH = 1.02  # gain over plain decoding from which it is taken up again
 PROBE = 2  # requests that a probe drafts for
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
 COST = 0.004  # share of the time that probes may cost
-SLOW, SHARED = 0.02, 0.9  # of a deviation from the table: what a round corrects, how much of it holds for the other kind
+FIRST_AUDIT, LONGEST_AUDIT = 12, 256  # rounds with a draft between two plain ones that check the table; doubled each time
+# Of a deviation from the table: what a round corrects that follows one of its kind (with or without a draft), how much of
+# that is believed of the other kind too (a machine that is slow today is slow with both), what a rare round corrects (the
+# first ones more: 1/2, 1/3, ..).
+SLOW, SHARED, RARE = 0.02, 0.9, 0.15
 
 
 def descending(survival: ndarray) -> ndarray:
@@ -65,6 +69,8 @@ class LoadAware(Scheduler):
         self.uses_confidence = sps.has_confidence
         self.speed = {True: 1.0, False: 1.0}  # measured over predicted time of rounds with and without a draft
         self._predicted: tuple[bool, float] | None = None
+        self._timed: bool | None = None  # the kind of the last round compared
+        self._rare = {True: 0, False: 0}
         self._judged = self._held = None  # [G], decayed: how often slot k was judged, accepted
 
     def survival(self, state: RoundState) -> ndarray:
@@ -114,11 +120,16 @@ class LoadAware(Scheduler):
         (drafted, ms), self._predicted = self._predicted, None
         if drafted != (draft_ms > 0):
             return
-        # A machine that is slow today is slow with and without a draft; only what is left tells one from the other.
+        again, self._timed = drafted == self._timed, drafted
         error = math.log(max(draft_ms + target_ms, 1e-9) / (ms * self.speed[drafted]))
-        error = SLOW * min(max(error, -0.7), 0.7)
-        for kind, share in ((drafted, 1.0), (not drafted, SHARED)):
-            self.speed[kind] = min(max(self.speed[kind] * math.exp(share * error), 0.2), 5.0)
+        self._rare[drafted] += not again
+        error = min(max(error, -0.7), 0.7) * (SLOW if again else max(1.0 / (1 + self._rare[drafted]), RARE))
+        self._correct(drafted, error)
+        if again:
+            self._correct(not drafted, SHARED * error)
+
+    def _correct(self, kind: bool, error: float) -> None:
+        self.speed[kind] = min(max(self.speed[kind] * math.exp(error), 0.2), 5.0)
 
 
 class Causal(LoadAware):
@@ -149,7 +160,8 @@ class Lagged(LoadAware):
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds, never over COST of the time).
+    LONGEST_WAIT rounds, never over COST of the time). A table that is wrong is corrected by what rounds really take, which
+    needs a plain round now and then while the draft pays.
     """
 
     def __init__(self, sps: Sps):
@@ -159,8 +171,10 @@ class Lagged(LoadAware):
         self._last: ndarray | None = None  # the newest
         self._gained: ndarray | None = None  # [P*G + 1]: sums of the pool's 0, 1, .. largest survivals
         self._skipping, self._loss, self._wait, self._since = False, 0.0, FIRST_WAIT, 0
+        self._drafted, self._audit = 0, FIRST_AUDIT
         self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
         self._promised = 0.0
+        self._found: tuple | None = None  # the last search and its load
 
     def idle(self) -> None:
         self._last, self._wait, self._since = None, FIRST_WAIT, FIRST_WAIT
@@ -170,29 +184,45 @@ class Lagged(LoadAware):
     def draft(self, load: RoundLoad) -> int:
         R, self.probing = load.requests, False
         self.expect(True, None)
+        self._found = None
         if not R or self._gained is None:
             return R
         gain = self._search(load.requests, load.plain, load.prefill, load.context)[0]
         if not self._skipping:
             self._loss = max(self._loss + 1.0 - gain, 0.0)
             if self._loss < PATIENCE:
-                return R
+                return 0 if self._audited(load) else R
             self._skipping, self._wait, self._since = True, FIRST_WAIT, 0
         elif gain > HIGH:
             self._skipping, self._loss = False, 0.0
             return R
         self._since += 1
         if self._since < self._wait:
-            rows = R + load.plain
-            self.expect(False, None if load.prefill else float(self.sps.curve(rows, rows, load.context)[rows]))
+            self._expect_plain(load)
             return 0
         few, self.probing = min(R, PROBE), True
         lost = 1.0 - self._search(few, R - few + load.plain, load.prefill, load.context)[0]  # rounds' worth
         self._since, self._wait = 0, int(min(2 * self._wait, max(lost / COST, FIRST_WAIT), LONGEST_WAIT))
         return few
 
+    def _audited(self, load: RoundLoad) -> bool:
+        """This round is done without a draft, only to see what that takes."""
+        self._drafted += 1
+        if self._drafted < self._audit or load.prefill:
+            return False
+        self._drafted, self._audit = 0, min(2 * self._audit, LONGEST_AUDIT)
+        self._expect_plain(load)
+        return True
+
+    def _expect_plain(self, load: RoundLoad) -> None:
+        rows = load.requests + load.plain
+        self.expect(False, None if load.prefill else float(self.sps.curve(rows, rows, load.context)[rows]))
+
     def _search(self, R: int, plain: int, prefill: int, context: float) -> tuple[float, float, float, ndarray]:
         """(best expected Theta over the plain round's, that Theta per unit of survival, its budget B, costs [R*G + 1])."""
+        key = R, plain, prefill, int(context / STEP + 0.5)
+        if self._found is not None and self._found[0] == key:  # `draft` has asked just before `lengths`
+            return self._found[1]
         P, G = self._pooled, self._G
         costs, plain_ms = self.costs(R, plain, prefill, context, R * G)
         at = np.arange(P * G + 1) * (R / P)
@@ -200,7 +230,9 @@ class Lagged(LoadAware):
         bias = min(max(self._bias[0] / self._bias[1], 0.5), 1.5)
         theta = (self._gained * (bias * R / P) + (R + plain)) / spent
         best = int(theta.argmax())
-        return float(theta[best]) * plain_ms / (R + plain), float(theta[best]) / bias, float(at[best]), costs
+        found = float(theta[best]) * plain_ms / (R + plain), float(theta[best]) / bias, float(at[best]), costs
+        self._found = key, found
+        return found
 
     # -- how much to verify ------------------------------------------------------------------------------------------
 
@@ -218,7 +250,7 @@ class Lagged(LoadAware):
             K = affordable(ordered, theta, budget, costs)
         K = min(K, state.room)
         self._promised = float(ordered[:K].sum())
-        self.expect(True, None if state.prefill or self.probing else float(costs[K]) / self.speed[True])
+        self.expect(True, None if state.prefill else float(costs[K]) / self.speed[True])
         self._remember(ordered)
         return top_k(survival, K, ordered)
 
@@ -232,7 +264,7 @@ class Lagged(LoadAware):
             merged = self._pool[0] if len(self._pool) == 1 else descending(np.concatenate(self._pool))
             self._gained = np.zeros(len(merged) + 1)
             np.cumsum(merged, out=self._gained[1:])
-        self._last = ordered
+        self._last, self._found = ordered, None
 
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
         super().observe(verified, accepted)

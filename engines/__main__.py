@@ -1,4 +1,4 @@
-"""`python -m engines info --bundle B`: what a bundle is, and whether it is sound."""
+"""`python -m engines`: what a bundle is and whether it is sound (info), its step times (profile), its temperatures (calibrate)."""
 
 from __future__ import annotations
 
@@ -113,9 +113,12 @@ def profile(
 
 def _numbers(name: str, text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
     try:
-        return default if text is None else tuple(int(n) for n in text.split(","))
+        numbers = default if text is None else tuple(int(n) for n in text.split(","))
     except ValueError:
-        raise ValueError(f"{name} is {text!r}; it must be whole numbers with commas.") from None
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{name} is {text!r}; it must be whole numbers of 1 or more with commas.")
+    return numbers
 
 
 @contextmanager

@@ -28,9 +28,9 @@ class Sps:
     """Step times by interpolation, linear in each of requests R, packed tokens N and mean cached context.
 
     Within a table's range the measured points are met exactly. Beyond the last requests, tokens or context the last
-    slope goes on; below the first requests or context the first value stays. The points of a given R begin at N = R;
-    before its first and after its last point its curve goes on in the shape of the next smaller R's, so that a jump at
-    some N stays at that N.
+    slope goes on; below the first requests or context the first value stays. The points of a given R begin at N = R and
+    lie R apart: between and beyond them its curve has the shape of the next smaller R's, so that a jump at some N stays
+    at that N.
     """
 
     def __init__(self, requests: ndarray, contexts: ndarray, grid: ndarray, target: ndarray, draft: ndarray):
@@ -66,11 +66,11 @@ class Sps:
                     raise BundleError(f"the SPS table has a hole for the draft at requests {r}, context {c}; {_PROFILE}.")
                 own = sorted(points[r, c].items())
                 at, ms = np.array([n for n, _ in own]), np.array([t for _, t in own])
-                table[a, b] = _line(grid, at, ms)
-                if a:  # beyond its own points a curve goes on in the shape of the one with fewer requests
-                    fewer, low, high = table[a - 1, b], grid < at[0], grid > at[-1]
-                    table[a, b, low] = ms[0] - (fewer[np.searchsorted(grid, at[0])] - fewer[low])
-                    table[a, b, high] = ms[-1] + (fewer[high] - fewer[np.searchsorted(grid, at[-1])])
+                if a:  # what it costs more than fewer requests do, in a line; the shape is theirs
+                    fewer = table[a - 1, b]
+                    table[a, b] = fewer + np.interp(grid, at, ms - fewer[np.searchsorted(grid, at)])
+                else:
+                    table[a, b] = _line(grid, at, ms)
                 costs[a, b] = drafts[r, c]
         sps = cls(requests, contexts, grid, np.maximum(table, 1e-6), costs)
         sps.has_confidence = has_confidence

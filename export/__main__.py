@@ -78,7 +78,7 @@ def main(
     draft: Path = typer.Option(..., help="DeepSpec folder of the draft."),
     out: Path = typer.Option(..., help="The bundle to write, for example build/NAME."),
     backend: Backend = typer.Option(Backend.onnxruntime, help="What the graphs are lowered for."),
-    dtype: Dtype = typer.Option(Dtype.fp32, help="int8: weights per channel, activations per token."),
+    dtype: Dtype = typer.Option(Dtype.fp32, help="int8: 8-bit weights and activations, scaled per token or finer."),
     max_context: int = typer.Option(None, help="Longest cache the graphs are built for, in tokens (2048, or the target's own limit)."),
 ) -> None:
     """Export a target and its draft to a bundle, and check every graph against PyTorch."""

@@ -78,6 +78,8 @@ def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[K, N] float32 -> int8 [K, N] in -127..127 and float32 scales [ceil(K / BLOCK), N], one a block of inputs and column."""
+    """[K, N] float32 -> int8 [K, N] in -127..127 and float32 scales [ceil(K / BLOCK), N], one a block of inputs and column;
+    0 for a block of zeros, which then gives exactly 0 (ONNX Runtime takes the offset of 128 off again in float32)."""
     parts = [quantize_columns(weight[k : k + BLOCK]) for k in range(0, len(weight), BLOCK)]
-    return np.concatenate([array for array, _ in parts]), np.stack([scale for _, scale in parts])
+    scales = [np.where(array.any(axis=0), scale, np.float32(0)) for array, scale in parts]
+    return np.concatenate([array for array, _ in parts]), np.stack(scales)

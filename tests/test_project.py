@@ -30,7 +30,8 @@ SOURCE_ENDINGS = {".py", ".md", ".toml", ".txt", ".sh", ".jsonl"}
 
 
 def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+    """A room's files; the workers of benchmarks/peers are programs of the peers' own environments."""
+    return sorted(path for path in (ROOT / room).rglob("*.py") if "workers" not in path.parts)
 
 
 def imported(path: Path) -> set[str]:

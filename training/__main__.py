@@ -155,7 +155,8 @@ def prompts(
         if data is not None:
             files = sorted(data.glob("prompts-*.jsonl"))
             if not files or target is None:
-                raise ValueError(f"{data} holds no prompts-*.jsonl." if not files else "--data needs --target, whose tokens the split goes by.")
+                need = "--data needs --target, whose tokens the split goes by."
+                raise ValueError(need if files else f"{data} holds no prompts-*.jsonl.")
             from training.data import is_held_out_prompt
             from training.sampling import ChatTokens
 

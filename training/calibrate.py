@@ -23,6 +23,7 @@ from numpy import ndarray
 GRID = np.exp(np.linspace(-np.log(8.0), np.log(8.0), 121))
 SLACK = 0.1  # in units of 1 / sqrt(rounds): about a fifth of the deviation of an observed share near one half
 LARGEST_BIAS = 4.0
+FEWEST_SURVIVORS = 20  # of a position, to fit it at all
 BINNINGS = {"mass": 15, "width": 10}  # equal-mass bins are what is fitted and reported first; see ece()
 FEWEST_ROUNDS = 200  # of one temperature, on each side of the split
 KINDS_ARRAYS = {
@@ -151,12 +152,18 @@ def fit(rollouts: Rollouts, *, offset: bool = False, binning: str = "mass") -> t
     product at k against "the first k + 1 tokens were all accepted", everything before k frozen.
 
     Temperatures whose ECE lies within the fit's resolution (SLACK / sqrt(B)) of the least count as equal and the one
-    nearest to 1 is taken: a position that says nothing stays as it is. offset: each T_k is tried with the bias b_k that
-    makes the mean of the product equal to the observed share of survivors (else the biases are 0): a 1D search still.
+    nearest to 1 is taken: a position that says nothing, or has under FEWEST_SURVIVORS survivors, stays as it is.
+    offset: each T_k is tried with the bias b_k that makes the mean of the product equal to the observed share of
+    survivors (else the biases are 0): a 1D search still.
     """
     prefix, temperatures, biases = np.ones(len(rollouts)), [], []
     grid = GRID[np.argsort(np.abs(np.log(GRID)), kind="stable")]  # from 1 outwards
     for z, survived in zip(rollouts.logits.T, rollouts.survived.T):
+        if survived.sum() < FEWEST_SURVIVORS:
+            temperatures.append(1.0)
+            biases.append(0.0)
+            prefix = prefix * sigmoid(z)
+            continue
         scaled = z / grid[:, None]  # [T, B]
         bias = matching_bias(scaled, prefix, float(survived.mean())) if offset else np.zeros(len(grid))
         candidates = prefix * sigmoid(scaled + bias[:, None])

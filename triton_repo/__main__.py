@@ -21,7 +21,7 @@ Bundle = Annotated[Path, typer.Option(help="Folder that `python -m export` wrote
 Schedule = Annotated[str, typer.Option(help=f"How many draft tokens are verified: {', '.join(SCHEDULES)}.")]
 Threshold = Annotated[float, typer.Option(help="For threshold: confidence under which nothing more is verified.")]
 Accept = Annotated[str, typer.Option(help="Accept rule of requests that name none: rejection or coupled.")]
-Profile = Annotated[str, typer.Option(help="Measure step times at the start: never, missing (no table that fits), always.")]
+Profile = Annotated[str, typer.Option(help="Measure step times at the start: never, missing (none that fit), always.")]
 MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
 TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]

@@ -46,8 +46,8 @@ class Step:
     outputs: dict[str, str] = field(default_factory=dict)
 
 
-# How a request is decoded: tensors of the fields of decoding.request.SamplingParams, under its names. logit_bias is a JSON
-# object {"token id": bias}; bad_words are texts (preprocessing makes token ids of them).
+# How a request is decoded: tensors of the fields of decoding.request.SamplingParams, under its names. logit_bias is
+# a JSON object {"token id": bias}; bad_words are texts (preprocessing makes token ids of them).
 SAMPLING = tuple(
     Tensor(name, dtype, (-1,) if name == "bad_words" else (1,), optional=True)
     for name, dtype in (
@@ -81,8 +81,8 @@ USER_INPUTS = (
     *SAMPLING,
 )
 
-# What a client gets with each response. output_log_probs: one per id of output_ids where return_log_probs was asked, else
-# none; cum_log_probs: the sum over the whole answer so far (0 when not asked).
+# What a client gets with each response. output_log_probs: one per id of output_ids where return_log_probs was
+# asked, else none; cum_log_probs: the sum over the whole answer so far (0 when not asked).
 USER_OUTPUTS = (
     Tensor("text_output", "STRING"),
     Tensor("output_ids", "INT32", (-1,)),

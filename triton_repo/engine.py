@@ -1,4 +1,5 @@
-"""Opens the decoding loop that the model `dspark` serves: bundle -> engines -> SPS table -> scheduler -> Loop -> Service.
+"""Opens the decoding loop that the model `dspark` serves: bundle -> engines -> SPS table -> scheduler -> Loop ->
+Service.
 
 Knows: which packages to call with which setting. Refuses to know: requests, Triton (pb_utils comes in).
 """
@@ -55,10 +56,11 @@ def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, sa
 
 
 def speed_table(engines, settings: Settings, say: Callable[[str], None]):
-    """engines.sps.Sps of this machine and these engines: the bundle's own, or measured now where settings.profile allows.
+    """engines.sps.Sps of this machine and these engines: the bundle's own, or measured now where settings.profile
+    allows.
 
-    Measured in this process, whose threads are those that will decode. A bundle in a folder that cannot be written keeps
-    its old table, the new one is used until the server ends. Raises BundleError.
+    Measured in this process, whose threads are those that will decode. A bundle in a folder that cannot be
+    written keeps its old table, the new one is used until the server ends. Raises BundleError.
     """
     from engines import BundleError
     from engines.profile import profile
@@ -76,6 +78,6 @@ def speed_table(engines, settings: Settings, say: Callable[[str], None]):
     requests = {r for r in (1, 4, 16, 64) if r < settings.max_requests} | {settings.max_requests}
     folder = engines.bundle.folder
     options = dict(requests=tuple(requests), contexts=(128, 512), quick=True, seconds=PROFILE_SECONDS)
-    table = profile(engines, **options, write=os.access(folder / "manifest.json", os.W_OK) and os.access(folder, os.W_OK))
+    table = profile(engines, **options, write=os.access(folder, os.W_OK))
     engines.bundle = replace(engines.bundle, sps=table)
     return Sps.of(engines)

@@ -1,6 +1,7 @@
 """The metric families of the model `dspark`: names, kinds, labels, buckets and help texts, in one table.
 
-Knows: what is on the metrics page (docs/metrics.md and the dashboard are checked against this). Refuses to know: values.
+Knows: what is on the metrics page (docs/metrics.md and the dashboard are checked against this). Refuses to know:
+values.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ FAMILIES = (
     Family("dspark_draft_tokens_total", COUNTER, "Draft tokens made"),
     Family("dspark_verified_tokens_total", COUNTER, "Draft tokens that the target judged, by position", POSITION),
     Family("dspark_accepted_tokens_total", COUNTER, "Draft tokens accepted, by position", POSITION),
-    Family("dspark_request_rounds_total", COUNTER, "Verify passes, one per request and round (each gives accepted + 1 tokens)"),
-    Family("dspark_acceptance_length", GAUGE, "Tokens that a round yields for a request, mean over the last 10 s or so"),
+    Family("dspark_request_rounds_total", COUNTER, "Verify passes, one per request and round"),
+    Family("dspark_acceptance_length", GAUGE, "Tokens that a round yields for a request, mean of about 10 s"),
     Family("dspark_scheduled_tokens", HISTOGRAM, "Draft tokens admitted to a step over all requests", None, TOKENS),
     Family("dspark_calibration_error", GAUGE, "Predicted less observed survival, absolute, by position", POSITION),
     Family("dspark_calibration_warnings_total", COUNTER, "Times that the calibration error rose past its bound"),
@@ -51,7 +52,7 @@ FAMILIES = (
     Family("dspark_kv_tokens", GAUGE, "Tokens that the target's cache holds"),
     Family("dspark_kv_capacity_bytes", GAUGE, "Memory of the target's and the draft's caches"),
     Family("dspark_ttft_seconds", HISTOGRAM, "From a request's arrival to its first token", None, WAIT_SECONDS),
-    Family("dspark_itl_seconds", HISTOGRAM, "Time between two tokens, a response's gap shared by its tokens", None, SHORT_SECONDS),
+    Family("dspark_itl_seconds", HISTOGRAM, "Time between tokens: a response's gap over them", None, SHORT_SECONDS),
     Family("dspark_round_seconds", HISTOGRAM, "Duration of a step of the decoding loop", None, SECONDS),
     Family("dspark_phase_seconds_total", COUNTER, "Time of the steps with decode, by phase", ("phase", PHASES)),
 )  # fmt: skip

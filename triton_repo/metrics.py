@@ -26,7 +26,8 @@ class Metrics:
     """An Observer (service.py). pb_utils is the module that the python backend gives its models."""
 
     def __init__(self, pb_utils, block_size: int, monitor=None):
-        """monitor: has `error` [G] and `warnings` (decoding.monitor.CalibrationMonitor); None: no calibration metrics."""
+        """monitor: has `error` [G] and `warnings` (decoding.monitor.CalibrationMonitor); None: no calibration
+        metrics."""
         family = pb_utils.MetricFamily
         kinds = {COUNTER: family.COUNTER, GAUGE: family.GAUGE, HISTOGRAM: family.HISTOGRAM}
         self._families, self._metrics = [], {}
@@ -68,7 +69,8 @@ class Metrics:
         self._news.set()
 
     def tokens(self, stats, count: int) -> None:
-        """What one request got from one step: `count` tokens, after a verify pass `stats` (decoding.loop.RoundStats)."""
+        """What one request got from one step: `count` tokens, after a verify pass `stats`
+        (decoding.loop.RoundStats)."""
         with self._lock:
             sums = self._sums
             sums["dspark_emitted_tokens_total", ""] += count

@@ -135,8 +135,8 @@ def _biases(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
 
 
 def _scalar(arrays: dict[str, np.ndarray], name: str, default: Any) -> Any:
-    """The value of a [1] tensor, as a Python object; a float32 as the shortest decimal that it is the float32 of (0.9 and
-    not 0.8999999761581421: the value that the user wrote, in messages and in the decoder)."""
+    """The value of a [1] tensor, as a Python object; a float32 as the shortest decimal that it is the float32 of
+    (0.9 and not 0.8999999761581421: the value that the user wrote, in messages and in the decoder)."""
     if name not in arrays:
         return default
     value = arrays[name].reshape(-1)[0]

@@ -25,10 +25,11 @@ PROFILES = ("never", "missing", "always")
 class Settings:
     """What the served models are told, as parameters of their config.pbtxt.
 
-    schedule: a name of decoding.schedule.SCHEDULES; threshold in 0..1: for `threshold`, confidence under which nothing more
-    is verified; accept: rule of requests that name none; profile: when the server measures the SPS table at its start that
-    `causal` and `lagged` need (never: a missing or foreign one is an error; missing: then; always); max_requests: requests
-    decoded together; token_budget: tokens a round; threads: of the engines (0 = they choose).
+    schedule: a name of decoding.schedule.SCHEDULES; threshold in 0..1: for `threshold`, confidence under which
+    nothing more is verified; accept: rule of requests that name none; profile: when the server measures the SPS
+    table at its start that `causal` and `lagged` need (never: a missing or foreign one is an error; missing:
+    then; always); max_requests: requests decoded together; token_budget: tokens a round; threads: of the engines
+    (0 = they choose).
     """
 
     schedule: str = "lagged"

@@ -28,9 +28,9 @@ WINDOW = 4  # rounds of one request on their way to postprocessing; what comes m
 
 @dataclass(frozen=True)
 class Round:
-    """One response. output_ids: the new tokens, with log_probs one for each (none where they were not asked); the totals
-    run from the request's start; finish_reason is "" until the last response (stop | length | cancelled). An empty one with
-    finish_reason "" is a heartbeat. settings: in the first response only."""
+    """One response. output_ids: the new tokens, with log_probs one for each (none where they were not asked); the
+    totals run from the request's start; finish_reason is "" until the last response (stop | length | cancelled).
+    An empty one with finish_reason "" is a heartbeat. settings: in the first response only."""
 
     uid: int
     index: int
@@ -55,8 +55,8 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop as the engine thread saw it. at: its end, perf_counter seconds; traces: decoding.trace.RoundTrace
-    (none of a step that only prefilled); probes: how many of it were one."""
+    """One step of the loop as the engine thread saw it. at: its end, perf_counter seconds; traces:
+    decoding.trace.RoundTrace (none of a step that only prefilled); probes: how many of it were one."""
 
     outputs: list
     at: float

@@ -66,8 +66,9 @@ def pack_params(params: SamplingParams) -> np.ndarray:
 
 
 def engine_request(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], SamplingParams]:
-    """dspark's request: the prompt's token ids and how to decode. Raises RequestError when there is no input_ids, or for
-    params that are not a JSON object of SamplingParams' fields (their values are checked when the request is added)."""
+    """dspark's request: the prompt's token ids and how to decode. Raises RequestError when there is no input_ids,
+    or for params that are not a JSON object of SamplingParams' fields (their values are checked when the request
+    is added)."""
     if "input_ids" not in arrays:
         raise RequestError("input_ids is missing; dspark takes token ids (text goes to the ensemble).")
     try:

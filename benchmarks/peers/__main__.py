@@ -35,8 +35,8 @@ COLUMNS = (
 )
 LEGEND = (
     "tok/s: new tokens of all streams, prompts' time included; decode: once every stream has its first token; / "
-    "alone: over our target alone at the same precision; / best: over the fastest of ours (under 1 = ours is faster); dec.: "
-    "that ratio in decode; agree: share of the answers before the first token that differs from our fp32 target's."
+    "alone: over our target alone at the same precision; / best: over the fastest of ours (under 1 = ours is faster); "
+    "dec.: that ratio in decode; agree: share of the answers before the first token unlike our fp32 answers."
 )
 SEED = 20261123  # of the prompts for many streams
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -81,7 +81,9 @@ def run_command(
     streams: Annotated[str, typer.Option(help="comma-separated numbers of streams")] = "1,16",
     peers: Annotated[str, typer.Option(help="comma-separated; default: all that are installed")] = "",
     variants: Annotated[str, typer.Option(help="only these variants of the peers")] = "",
-    schedules: Annotated[str, typer.Option(help="of ours, with the int8 bundle; fp32 runs `none`")] = "none,fixed,lagged",
+    schedules: Annotated[
+        str, typer.Option(help="of ours, with the int8 bundle; fp32 runs `none`")
+    ] = "none,fixed,lagged",
     tokens: Annotated[int, typer.Option(help="of each answer")] = 96,
     rounds: Annotated[int, typer.Option(help="turns of each engine at each level")] = 3,
     minutes: Annotated[float, typer.Option(help="no round begins that would not end by then, loading included")] = 11,
@@ -95,8 +97,8 @@ def run_command(
     started = time.monotonic()
     console, threads = console_for_tables(), threads or physical_cores()
     levels, only = [int(level) for level in streams.split(",")], set(filter(None, variants.split(",")))
-    entered = our_competitors(target, draft, schedules.split(","), threads)
-    for peer in pick(peers.split(",") if peers else list(PEERS)):
+    wanted, entered = pick(peers.split(",") if peers else list(PEERS)), []
+    for peer in wanted:
         reason = missing(peer, folder / peer.name, target)
         if reason is None:
             entered += [c for c in competitors(peer, folder / peer.name, threads) if not only or c.variant in only]
@@ -104,6 +106,7 @@ def run_command(
             fail(f"{reason}; run python -m benchmarks.peers install {peer.name}.")
         else:
             console.print(f"left out: {reason}")
+    entered = our_competitors(target, draft, schedules.split(","), threads) + entered
     int8 = target_bundle(target, "int8")
     errors: dict[str, str] = {}
     with ExitStack() as stack:
@@ -138,7 +141,8 @@ def run_command(
             bar.remove_task(task)
             found = rows(turns, versions, level)
             table += found
-            console.print(rich_table(f"{level} streams, medians of {max((r['runs'] for r in found), default=0)} interleaved rounds", COLUMNS, found))
+            played = max((row["runs"] for row in found), default=0)
+            console.print(rich_table(f"{level} streams, medians of {played} interleaved rounds", COLUMNS, found))
             lengths = [len(ids) for group in groups for ids in group]
             prompts = {"count": len(lengths), "shortest": min(lengths), "longest": max(lengths)}
             settings |= {"tokens": tokens, "threads": threads, f"prompts_{level}": prompts}
@@ -149,11 +153,13 @@ def run_command(
 
 
 def our_competitors(target: Path, draft: Path, schedules: list[str], threads: int) -> list[Competitor]:
-    """The int8 bundle under each schedule, the fp32 one under `none`. Exports a bundle that is missing or stale."""
+    """The int8 bundle under each schedule, the fp32 one under `none`. Exports and profiles what is missing or stale."""
     found = []
     for dtype, under in (("int8", schedules), ("fp32", ["none"])):
         bundle = target_bundle(target, dtype)
         bundles.ensure(target, draft, bundle, dtype)
+        if {"causal", "lagged"} & set(under):
+            bundles.ensure_profile(bundle)
         for schedule in under:
             command = (sys.executable, str(WORKERS / "ours.py"), "serve", str(bundle), schedule, str(threads))
             root = str(Path(__file__).parents[2])

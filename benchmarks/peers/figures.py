@@ -41,8 +41,8 @@ def ratio(measure, turns: Sequence[Turn], ours: Sequence[Turn] | None) -> float 
 def rows(turns: Mapping[Competitor, Sequence[Turn]], versions: Mapping[Competitor, str], streams: int) -> list[dict]:
     """One row a competitor, in their order.
 
-    ratio_to_ours_*: the row / ours, so under 1 means that ours is faster; `same_precision`: our target alone (`none`) at
-    the row's precision, null for a precision we do not have; `best`: the fastest of ours by total tok/s, whatever its
+    ratio_to_ours_*: the row / ours, so under 1 means that ours is faster. same_precision: our target alone (`none`) at
+    the row's precision, null for a precision we do not have. best: the fastest of ours by total tok/s, whatever its
     schedule and precision. Both by total tok/s, and by decode tok/s with the prefix decode_. agreement: with our fp32
     target alone; null without it.
     """

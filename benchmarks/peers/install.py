@@ -52,7 +52,7 @@ def competitors(peer: Peer, folder: Path, threads: int) -> list[Competitor]:
 def install(peer: Peer, folder: Path, model: Path, *, threads: int, torch_index: str = "", say=print) -> dict:
     """venv, packages, weights, and a first answer of every variant. Returns what installed.json says.
 
-    Raises InstallError. A variant that gives no answer is recorded with its sentence and left out of runs; all of them: error.
+    Raises InstallError. A variant that gives no answer is recorded with its sentence; none that does: error.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

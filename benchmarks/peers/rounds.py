@@ -144,7 +144,8 @@ def play(
     """Each round gives every worker one turn: all groups of prompts, one group at a time, its prompts together.
 
     The order moves on by one each round. A turn starts with a short untimed answer (the first one with a whole group:
-    buffers grow then). No round begins that would not end within `seconds`, the first one apart. A worker that fails is reported once and left out; only whole rounds are returned for it.
+    buffers grow then). No round begins that would not end within `seconds`, the first one apart. A worker that
+    fails is reported once and left out of what is returned.
     """
     found: dict[Competitor, list[Turn]] = {w.competitor: [] for w in workers}
     out: set[Competitor] = set()

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import typer
 
-from benchmarks.bundle import checkpoint_hash, ensure, stale
-from engines.bundle import FORMAT_VERSION
+import engines
+from benchmarks.bundle import checkpoint_hash, ensure, ensure_profile, stale, unprofiled
+from engines.bundle import FORMAT_VERSION, update_manifest
+from engines.profile import profile
 
 
 @pytest.fixture
@@ -63,3 +68,39 @@ def test_a_missing_checkpoint_is_one_sentence(folders, capsys):
         ensure(target, draft / "none", bundle, "int8")
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "draft folder" in error
+
+
+def test_a_bundle_without_a_profile_gets_one_and_says_why(bundle, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(bundle, own)
+    update_manifest(own, sps=None)
+    assert "no SPS table" in unprofiled(own)
+    commands, real = [], subprocess.run
+
+    def measured(command, **options):
+        if command[1:3] != ["-m", "engines"]:
+            return real(command, **options)
+        commands.append(command[1:])
+        opened = engines.load(own)
+        profile(opened, requests=(1,), contexts=(64,), seconds=0.1)
+        opened.close()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", measured)
+    ensure_profile(own)
+    assert commands == [["-m", "engines", "profile", "--bundle", str(own), "--quick"]]
+    said = capsys.readouterr().out
+    assert said.startswith("profile: ") and said.count("\n") == 1
+    ensure_profile(own)
+    assert len(commands) == 1 and unprofiled(own) is None
+
+
+def test_a_profile_that_fails_is_one_sentence(bundle, tmp_path, monkeypatch, capsys):
+    shutil.copytree(bundle, tmp_path / "own")
+    update_manifest(tmp_path / "own", sps=None)
+    for code, sentence in ((1, "failed; its message is above"), (0, "is refused: ")):
+        monkeypatch.setattr(subprocess, "run", lambda command, code=code: SimpleNamespace(returncode=code))
+        with pytest.raises(typer.Exit):
+            ensure_profile(tmp_path / "own")
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1

@@ -62,7 +62,8 @@ def test_median_of_nothing_is_not_a_number():
 
 
 def test_result_names_outside_files_without_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", "--prompts", "/somewhere/else/gsm8k.jsonl", "--prompts", "k=/x/p.jsonl", "--quick"])
+    given = ["--prompts", "/somewhere/else/gsm8k.jsonl", "--prompts", "k=/x/p.jsonl", "--quick"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", *given])
     write_result(tmp_path / "sub" / "r.json", {"rows": [1]})
     result = json.loads((tmp_path / "sub" / "r.json").read_text())
     assert result["command"] == "python -m benchmarks.bench --prompts gsm8k.jsonl --prompts k=p.jsonl --quick"

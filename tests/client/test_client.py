@@ -94,6 +94,29 @@ def test_chunks_end_once(client):
     stream.close()
 
 
+def test_a_block_keeps_its_connections(server, client):
+    """One connection for streams one after another, more for some at once; a cancelled one and a refused one are not used again."""
+    want = client.generate("kept", max_tokens=12).text
+    with Client(server.grpc_url, timeout=120) as keeping:
+        made = []
+        for _ in range(3):
+            stream = keeping.stream("kept", max_tokens=12)
+            made.append(stream._connection)
+            assert "".join(chunk.text for chunk in stream) == want
+        assert made[0] is made[1] is made[2]
+        assert keeping.generate("kept", max_tokens=12).text == want and keeping._kept == [made[0]]
+        streams = [keeping.stream("kept", max_tokens=12) for _ in range(3)]
+        assert ["".join(chunk.text for chunk in stream) for stream in streams] == [want] * 3
+        cut = keeping.stream("kept", max_tokens=3000, ignore_eos=True)
+        next(cut)
+        cut.close()
+        with pytest.raises(ClientError, match="max_tokens is 0"):
+            keeping.generate("kept", max_tokens=0)
+        last = keeping.stream("kept", max_tokens=12)
+        assert last._connection is not cut._connection and "".join(chunk.text for chunk in last) == want
+    assert client.generate("kept", max_tokens=12).text == want
+
+
 def test_the_stall_bound(server):
     """Nothing comes while a whole answer is made: with a short bound the client gives up and the server hears of it."""
     slow = Client(server.grpc_url, timeout=None, stall=0.3)

@@ -37,7 +37,7 @@ def generate(bundle, tmp_path):
         (tmp_path / "in.jsonl").write_text(text + "\n")
         files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
         result = CliRunner().invoke(
-            app, ["generate", "--bundle", str(folder), "--threads", "1", *files, *map(str, options)]
+            app, ["generate", "--bundle", str(folder), "--threads", "1", "--schedule", "fixed", *files, *map(str, options)]
         )
         assert not result.exception or isinstance(result.exception, SystemExit), result.exception
         out = tmp_path / "out.jsonl"
@@ -213,3 +213,57 @@ def test_compare_as_a_command(bundle, tmp_path):
     result = CliRunner().invoke(app, ["compare", *options, "--report", str(tmp_path / "c.json")])
     assert result.exit_code == 0 and json.loads((tmp_path / "c.json").read_text())["different"] == 0
     assert CliRunner().invoke(app, ["compare", *options, "--batch", "0"]).exit_code == 1
+
+
+SAMPLING = dict(
+    temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1,
+    bad_words=["AB", [3, 4]], logit_bias={"5": 1.5}, min_tokens=3, seed=4, return_log_probs=True, speculative=True,
+)  # fmt: skip
+
+
+def test_every_sampling_key_and_both_rules(generate):
+    lines = [{**IDS, **SAMPLING, "accept": rule} for rule in ("rejection", "coupled")]
+    result, out = generate(lines, "--max-tokens", 12, "--ignore-eos")
+    assert result.exit_code == 0, out
+    for o in out:
+        assert len(o["log_probs"]) == len(o["output_ids"]) == 12 and max(o["log_probs"]) <= 0
+    plain = generate([lines[1]], "--max-tokens", 12, "--ignore-eos", "--schedule", "none")[1]
+    assert plain[0]["output_ids"] == out[1]["output_ids"]
+    by_option = generate([{**IDS, **SAMPLING}], "--max-tokens", 12, "--ignore-eos", "--accept", "coupled")[1]
+    assert by_option[0]["output_ids"] == out[1]["output_ids"]
+
+
+def test_logit_bias_as_pairs_is_the_same(generate):
+    lines = [{**IDS, "logit_bias": {"5": 50}}, {**IDS, "logit_bias": [[5, 50]]}]
+    out = generate(lines, "--max-tokens", 4)[1]
+    assert [o["output_ids"] for o in out] == [[5] * 4] * 2
+
+
+def test_a_stop_word_ends_the_answer(generate):
+    whole = generate([IDS], "--max-tokens", 12, "--ignore-eos")[1][0]
+    word = whole["text"][5:7]
+    first = whole["text"].index(word)
+    cut = generate([{**IDS, "stop_words": ["never", word], "return_log_probs": True}], "--max-tokens", 12, "--ignore-eos")[1][0]
+    assert (cut["text"], cut["finish_reason"]) == (whole["text"][:first], "stop")
+    assert cut["output_ids"] == whole["output_ids"][: first + 2] and len(cut["log_probs"]) == first + 2
+    unmet = generate([{**IDS, "stop_words": ["never"]}], "--max-tokens", 12, "--ignore-eos")[1][0]
+    assert (unmet["text"], unmet["finish_reason"]) == (whole["text"], "length")
+
+
+BAD_SAMPLING = [
+    ({"accept": "greedy"}, "accept is 'greedy'"),
+    ({"top_k": 1.5}, "top_k is 1.5"),
+    ({"bad_words": "x"}, "bad_words is 'x'; it must be a list of texts or lists of token ids."),
+    ({"bad_words": [""]}, "bad_words holds an empty text."),
+    ({"bad_words": [7]}, "bad_words holds 7"),
+    ({"logit_bias": {"x": 1}}, "logit_bias holds the key 'x'; a key must be a token id."),
+    ({"stop_words": [""]}, "stop_words is ['']; it must be a list of texts, none of them empty."),
+    ({"min_tokens": 99}, "min_tokens is 99"),
+]
+
+
+def test_bad_sampling_keys_are_one_sentence(generate):
+    result, out = generate([{**IDS, **change} for change, _ in BAD_SAMPLING], "--max-tokens", 4)
+    assert result.exit_code == 1
+    for o, (_, message) in zip(out, BAD_SAMPLING):
+        assert message in o["error"] and o["error"].endswith(".") and "\n" not in o["error"]

@@ -176,7 +176,7 @@ def test_an_unknown_rule_is_refused(tiny):
 
 # -- exact distributions --------------------------------------------------------------------------------------------------
 
-VOCAB, LENGTH, SAMPLES, PROMPT = 8, 3, 6_000, (1, 5, 2)
+VOCAB, LENGTH, SAMPLES, PROMPT = 8, 3, 3_000, (1, 5, 2)
 FEATURES = {
     "temperature": dict(temperature=0.6),
     "top_k": dict(top_k=3),
@@ -231,7 +231,8 @@ def chi_square(loaded, rule, values, want, scheduler=None, samples=SAMPLES):
     got = finished(drive(Loop(loaded, scheduler or Fixed(), max_requests=64), todo))
     drawn = np.array([got[i][0] for i in range(samples)])
     observed = np.bincount(np.ravel_multi_index(drawn.T, (VOCAB,) * LENGTH), minlength=len(want))
-    assert not observed[want == 0].any()
+    if observed[want == 0].any():  # what the target cannot give
+        return np.inf
     expected = want * samples
     rare = expected < 5
     observed = np.append(observed[~rare], observed[rare].sum())
@@ -286,10 +287,7 @@ MUTATIONS = {
 def test_a_broken_rule_is_caught(small, raw, name):
     feature, change = MUTATIONS[name]
     params = SamplingParams(LENGTH, **{"temperature": 1.0, **FEATURES[feature]})
-    try:
-        assert chi_square(Broken(small, change), "rejection", FEATURES[feature], exact(raw, params), samples=3000) > 3.7
-    except AssertionError as error:
-        assert "observed" in str(error)  # a token that the target cannot give: caught as well
+    assert chi_square(Broken(small, change), "rejection", FEATURES[feature], exact(raw, params)) > 3.7
 
 
 def test_coupled_noise_that_differs_between_passes_is_caught(tiny, alone):

@@ -14,15 +14,15 @@ KNOWN = [
 @pytest.mark.parametrize("counter, key, result", KNOWN)
 def test_known_answers(counter, key, result):
     words = lambda text: [int(w, 16) for w in text.split()]
-    got = philox4x32(np.array(words(counter), np.uint64), tuple(words(key)))
+    got = philox4x32(np.array(words(counter), np.uint64), np.array(words(key), np.uint64))
     assert got.tolist() == words(result)
 
 
 def test_counter_and_key_are_position_purpose_and_seed():
     seed, position = 0xA409382200000007, 0x1_0000_0005
-    word = philox4x32(np.array([5, 1, ACCEPT, 0], np.uint64), (7, 0xA4093822))[0]
+    word = philox4x32(np.array([5, 1, ACCEPT, 0], np.uint64), np.array([7, 0xA4093822], np.uint64))[0]
     assert uniforms(seed, position, ACCEPT) == np.float32(int(word) >> 9) * np.float32(2**-23)
-    word = philox4x32(np.array([5, 1, ACCEPT + 4 * 3, 6], np.uint64), (7, 0xA4093822))[0]
+    word = philox4x32(np.array([5, 1, ACCEPT + 4 * 3, 6], np.uint64), np.array([7, 0xA4093822], np.uint64))[0]
     assert uniforms(seed, position, ACCEPT, slot=6, twin=3) == np.float32(int(word) >> 9) * np.float32(2**-23)
 
 

@@ -24,7 +24,7 @@ def test_beyond_the_table():
     sps = Sps.from_points(TARGET, DRAFT)
     assert float(sps.target_ms(1, 10, 100)) == pytest.approx(34)  # the last slope: 2 ms a token
     assert float(sps.target_ms(2, 8, 100)) == pytest.approx(24 + 30 - 22)  # the shape of the curve with fewer requests
-    assert float(sps.target_ms(3, 4, 100)) == pytest.approx(24 + 24 - 22)  # the slope from 1 to 2 requests goes on
+    assert float(sps.target_ms(3, 4, 100)) == pytest.approx(24 + 24 - 22)  # the step from 1 to 2 requests goes on
     assert sps.draft_ms(4, 100) == pytest.approx(6) and sps.draft_ms(1, 9999) == 3
 
 

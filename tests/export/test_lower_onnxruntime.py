@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 
-from export.lower_onnxruntime import lower
+from export.lower_onnxruntime import lower, pack_blocks
 from export.parity import MASKED, Runner
+from export.quantize import quantize
 from export.target import build_target
 from tests.tiny import make_target
 from training.target import PackedBatch, TargetModel
@@ -32,3 +34,26 @@ def test_lowered_equals_standard(tmp_path):
         np.testing.assert_allclose(results[0][name], results[1][name], atol=1e-5)
     assert ops[1]["QuickGelu"] == 3 and ops[1]["Swish"] == 0
     assert ops[1]["SkipSimplifiedLayerNormalization"] == 5  # two a layer; the first has no sum before it
+
+
+def test_int8_blocks_become_one_op_each(tmp_path):
+    """QKV, o_proj and down_proj of every layer; no scaled weight is left for a float32 product."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+    graph = build_target(model, 64)
+    quantize(graph)
+    scaled = [n for n in graph.nodes if n.op_type == "DequantizeLinear"]
+    lower(graph)
+    ops = Counter(node.op_type for node in graph.nodes)
+    assert ops["MatMulNBits"] == len(scaled) == 9 and ops["DequantizeLinear"] == ops["MatMul"] == 0
+    assert ops["MatMulIntegerToFloat"] == 4  # gate and up side by side, three layers, and the head
+    assert graph.used_sources() == set(model.state_dict())
+
+
+@pytest.mark.parametrize("inputs", [128, 96], ids=["whole blocks", "a part of a block"])
+def test_packed_blocks_hold_the_weights_by_column(inputs):
+    weight = np.random.default_rng(0).integers(-127, 128, (inputs, 5)).astype(np.int8)
+    packed = pack_blocks(weight, 2, 64)
+    assert packed.shape == (5, 2, 64) and packed.dtype == np.uint8
+    flat = packed.reshape(5, -1).astype(np.int16) - 128
+    np.testing.assert_array_equal(flat[:, :inputs], weight.T)
+    assert not flat[:, inputs:].any()

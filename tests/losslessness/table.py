@@ -46,6 +46,8 @@ class Table:
 class TableEngines:
     """`engines.base.Engines` over a Table; `graphs` is a loaded bundle whose markov and verify engines are used as they are."""
 
+    verify_rows = None  # one call for any number of rows
+
     def __init__(self, graphs: engines.Engines, table: Table):
         self.graphs, self.table = graphs, table
         d = graphs.bundle.draft

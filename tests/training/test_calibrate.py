@@ -101,6 +101,11 @@ def test_a_constant_logit_keeps_temperature_one():
     assert temperatures.tolist() == [1.0, 1.0]
 
 
+def test_a_position_with_hardly_a_survivor_is_left_alone():
+    temperatures, bias = fit(synthetic(4000, [1.0, 1.0], [-0.5, -7.0]), offset=True)
+    assert (temperatures[1], bias[1]) == (1.0, 0.0) and bias[0] < -0.3
+
+
 def test_each_position_is_fitted_on_the_already_calibrated_prefix():
     """Slot 2's temperature undoes what is left of slot 1: with slot 1 left raw it comes out elsewhere."""
     rollouts = synthetic(60_000, [3.0, 1.0])

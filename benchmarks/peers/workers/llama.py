@@ -39,7 +39,7 @@ def write_gguf(model, path):
     out.add_tokenizer_model("no_vocab")  # it gets and gives token ids
     out.add_file_type(gguf.LlamaFileType.ALL_F32)
 
-    def interleaved(w, n):  # llama.cpp rotates neighbours, Hugging Face rotates halves: [n, 2, d/2, ...] -> [n, d/2, 2, ...]
+    def interleaved(w, n):  # rotary pairs: halves [n, 2, d/2, ...] here, neighbours [n, d/2, 2, ...] there
         return w.reshape(n, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}

@@ -1,4 +1,4 @@
-"""vLLM's CPU build, offline in one process. `prepare MODEL FOLDER`: a link and a first compilation; `serve FOLDER VARIANT THREADS`."""
+"""vLLM's CPU build, offline in one process. `prepare MODEL FOLDER`: a link; `serve FOLDER VARIANT THREADS`."""
 
 import os
 import sys
