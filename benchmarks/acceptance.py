@@ -21,8 +21,8 @@ from .inprocess import run
 TITLE = "Acceptance: tokens per target pass (bonus included); per position, % of the rounds"
 COLUMNS = (
     ("prompts", lambda r: r["name"]),
-    ("temperature", lambda r: f"{r['temperature']:g}"),
     ("rule", lambda r: r.get("accept") or ""),
+    ("temperature", lambda r: f"{r['temperature']:g}"),
     ("n", lambda r: str(r["prompts"])),
     ("output tokens", lambda r: str(r["output_tokens"])),
     ("acceptance length", lambda r: f"{r['acceptance_length']:.2f}"),

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import acceptance, bench, cells, demo, equality, findings
+from . import acceptance, bench, cells, demo, equality, findings, simulate
 from .common import markdown_table
 
 SHOWN_ANSWERS = 1  # streamed answers that the README shows
@@ -115,6 +115,17 @@ def equality_section(result: dict) -> str:
     return section(said, result, equality.COLUMNS, result["runs"])
 
 
+def simulation_section(result: dict) -> str:
+    """Closed loop: total tok/s of every mode, and lagged's budget."""
+    said = f"Simulated, {result['seconds']:g} s a cell; acceptance: {result['rollouts']}. `budget`: tokens verified a request and step"
+    return f"{said}.\n`{result['command']}`\n\n{markdown_table(simulate.COLUMNS, result['rows'])}"
+
+
+def poisson_section(result: dict) -> str:
+    """Arrivals at a share of lagged's best closed-loop throughput."""
+    return markdown_table(simulate.POISSON, result["poisson"])
+
+
 def what(result: dict) -> str:
     return f"{result['target']} {result['dtype']}, at most {result['max_tokens']} tokens an answer"
 
@@ -195,6 +206,10 @@ SECTIONS = {  # page: {section: (result files in build/, files -> section; "" le
         "accept": ("acceptance*.json", from_all(accept_section)),
         "peers": ("peers.json", peers_section),
         "equality": ("equality.json", from_json(equality_section)),
+    },
+    "docs/simulation.md": {
+        "simulation": ("simulation.json", from_json(simulation_section)),
+        "poisson": ("simulation.json", from_json(poisson_section)),
     },
     "README.md": {
         "demo": ("demo.txt", from_text(demo_output)),

@@ -40,6 +40,18 @@ COLUMNS = (
     ("budget", lambda r: f"{1 + r['lagged']['verified_per_round']:.2f}"),
     ("accepted", lambda r: f"{r['lagged']['acceptance_length']:.2f}"),
 )
+POISSON = (
+    ("model", lambda r: r["model"]),
+    ("card", lambda r: r["gpu"]),
+    ("load", lambda r: f"{r['load']:.0%}"),
+    ("requests/s", lambda r: f"{r['rate']:.1f}"),
+    *(
+        (f"{mode}: {title}", lambda r, mode=mode, key=key, form=form: form.format(r[mode][key]))
+        for title, key, form in (("tok/s a user", "user_tok_s", "{:,.0f}"), ("TTFT p95 ms", "ttft_p95_ms", "{:,.0f}"))
+        for mode in ("none", "fixed", "lagged")
+    ),
+    ("budget", lambda r: f"{1 + r['lagged']['verified_per_round']:.2f}"),
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

@@ -1,6 +1,7 @@
 """Acceptance traces for the simulator: recorded rounds of a real head, as they were or shifted to another strength.
 
-Knows: the file that `python -m decoding record` writes. Refuses to know: engines, schedulers, time.
+Knows: the file that `python -m decoding record` writes, and the small one made of it for the repository
+(`python -m benchmarks.traces build/calibration/rollouts.npz benchmarks/rollouts.npz`). Refuses to know: engines, schedulers, time.
 Legend: B recorded rounds, G block size of the simulated draft, n rounds taken at once.
 """
 
@@ -93,3 +94,21 @@ def shifted(path: Path, block: int, lengths: dict[str, float] = PAPER_LENGTHS, s
 def _pools(kind: ndarray) -> dict[str, tuple[int, int]]:
     names, first, count = np.unique(kind, return_index=True, return_counts=True)
     return {str(n): (int(f), int(f + c)) for n, f, c in zip(names, first, count)}
+
+
+def pack(source: Path, out: Path, most: int = 6000) -> None:
+    """Writes the rounds at temperature 1 of at most `most` rounds, whole requests, as the small file that is shipped."""
+    with np.load(source, allow_pickle=False) as raw:
+        requests, counts = np.unique(raw["request"][np.isclose(raw["temperature"], 1.0)], return_counts=True)
+        chosen = requests[np.cumsum(counts) <= most]
+        rows = np.isin(raw["request"], chosen) & np.isclose(raw["temperature"], 1.0)
+        kept = {name: raw[name][rows] for name in ("accepted", "temperature", "request", "position", "kind")}
+        meta = str(raw["meta"]) if "meta" in raw.files else ""
+        logits = raw["confidence_logits"][rows].astype(np.float16)
+    np.savez_compressed(out, confidence_logits=logits, meta=meta, **kept)
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(pack)

@@ -40,7 +40,8 @@ def batch(bundle, kind: str, R: int, rng: np.random.Generator) -> VerifyBatch:
         return b
     b = replace(b, wide_rows=every, temperature=np.ones(M, f32))
     if "edits" in kind:
-        at = np.stack([every.repeat(200), np.tile(np.arange(200), M)], axis=1)
+        edits = np.arange(min(200, V))
+        at = np.stack([every.repeat(len(edits)), np.tile(edits, M)], axis=1)
         ones = np.ones(len(at), f32)
         return replace(b, match_rows=every, noise=np.zeros((M, V), f32), edit_at=at, edit_scale=1.2 * ones, edit_add=-ones)
     if "coupled" in kind:
@@ -56,7 +57,7 @@ def batch(bundle, kind: str, R: int, rng: np.random.Generator) -> VerifyBatch:
         matched = every if "coupled" in kind else every[:0]
         b = replace(
             b, filter_rows=every, top_k=np.full(M, V), top_p=np.full(M, 0.9, f32), min_p=np.zeros(M, f32),
-            top_count=np.array([64]), match_filtered=matched,
+            top_count=np.array([min(64, V)]), match_filtered=matched,
         )  # fmt: skip
     return b
 

@@ -3,8 +3,9 @@
 Knows: greedy equality with near-tie accounting, coupled equality, a test of sampled tokens against the target's own
 probabilities, what a bundle must hold. Refuses to know: how a schedule decides.
 
-Sampled tokens are tested without an enumeration: a token x drawn after a prefix gives u = P(tokens more probable than x) + v P(x)
-with v uniform, and when every x has the target's distribution given its prefix, all u are independent uniforms on [0, 1).
+Sampled tokens are tested without an enumeration: a token x drawn after a prefix gives u = P(tokens more probable than
+x) + v P(x) with v uniform, and when every x has the target's distribution given its prefix, all u are independent
+uniforms on [0, 1).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from engines import BundleError, Engines
 from engines.pack import pack_target
 from engines.sps import Sps
 
-from .compare import Reference, difference, reference
 from .chat import ChatTokenizer
+from .compare import Reference, difference, reference
 from .generate import Answer, decode_all
 from .loop import Loop
 from .request import Request, SamplingParams
@@ -36,14 +37,14 @@ TEXTS = (
     "Give me a recipe for a quick soup.", "SELECT name, COUNT(*) FROM orders WHERE",
 )  # fmt: skip
 BINS = 20
-P_BOUND = 1e-5  # least p-value of a test of sampled tokens: a sound bundle fails an audit of 10 tests with a chance of 1e-4
+P_BOUND = 1e-5  # least p-value of a test of sampled tokens: a sound bundle fails an audit with a chance of 1e-4
 NEAR_TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class Effort:
-    """batches: requests at once in the equality checks; prompts of them; tokens a prompt at most; samples, sample_tokens
-    and sample_batch of the statistical test."""
+    """batches: requests at once in the equality checks; prompts of them; tokens a prompt at most; samples,
+    sample_tokens and sample_batch of the statistical test."""
 
     batches: tuple[int, ...] = (1, 4, 8)
     prompts: int = 12
@@ -53,7 +54,7 @@ class Effort:
     sample_batch: int = 16
 
 
-QUICK = Effort(batches=(1, 6), prompts=6, tokens=24, samples=96, sample_tokens=8)
+QUICK = Effort(batches=(6,), prompts=6, tokens=24, samples=96, sample_tokens=8)
 
 
 @dataclass
@@ -81,8 +82,8 @@ def default_answers(engines: Engines, tokenizer: ChatTokenizer | None) -> list[A
 def audit(
     engines: Engines, answers: list[Answer], schedules: tuple[str, ...] | None = None, effort: Effort = Effort()
 ) -> Iterator[Check]:
-    """Checks one after the other, as they are done. `answers`: prompts (decoding.generate.read_answers). schedules None:
-    all that the bundle allows. Raises ValueError for a refused prompt, ScheduleError for an unknown schedule."""
+    """Checks one after the other, as they are done. `answers`: prompts (decoding.generate.read_answers). schedules
+    None: all that the bundle allows. Raises ValueError for a refused prompt, ScheduleError for an unknown schedule."""
     if refused := [a.error for a in answers if a.error]:
         raise ValueError(refused[0])
     yield from sanity(engines)
@@ -109,15 +110,22 @@ def _timed(check: Callable[..., Iterator[Check]], *arguments) -> Iterator[Check]
         started = perf_counter()
 
 
-# -- the bundle ----------------------------------------------------------------------------------------------------------
+# -- the bundle
+# ----------------------------------------------------------------------------------------------------------
 
 
 def sanity(engines: Engines) -> Iterator[Check]:
     """Files and hashes were checked when the bundle was opened; here: what the load-aware schedulers need."""
     bundle = engines.bundle
-    yield Check("bundle", "", "ok", f"{bundle.target.name}, {bundle.dtype}, block {bundle.draft.block_size}; hashes match")
+    yield Check(
+        "bundle", "", "ok", f"{bundle.target.name}, {bundle.dtype}, block {bundle.draft.block_size}; hashes match"
+    )
     sps, missing = _sps(engines)
-    yield Check("SPS table", "", "ok", "taken on this machine with these engines") if sps else Check("SPS table", "", "warn", missing)
+    yield (
+        Check("SPS table", "", "ok", "taken on this machine with these engines")
+        if sps
+        else Check("SPS table", "", "warn", missing)
+    )
     if not bundle.draft.has_confidence:
         yield Check("confidence", "", "warn", "the draft has no confidence head: every draft token counts as certain")
     elif bundle.calibration is None and bundle.confidence_temperatures is None:
@@ -134,7 +142,8 @@ def _sps(engines: Engines) -> tuple[Sps | None, str]:
         return None, str(error)
 
 
-# -- equality ------------------------------------------------------------------------------------------------------------
+# -- equality
+# ------------------------------------------------------------------------------------------------------------
 
 
 def greedy(engines: Engines, answers: list[Answer], makers: dict, effort: Effort) -> Iterator[Check]:
@@ -145,9 +154,14 @@ def greedy(engines: Engines, answers: list[Answer], makers: dict, effort: Effort
 
 def coupled(engines: Engines, answers: list[Answer], makers: dict, effort: Effort) -> Iterator[Check]:
     """The coupled accept rule: the target's own text for a seed, token for token, temperatures and filters mixed."""
-    mixed = [dict(temperature=1.0), dict(temperature=0.7, top_p=0.9), dict(temperature=1.3, top_k=50, repetition_penalty=1.1)]
+    mixed = [
+        dict(temperature=1.0),
+        dict(temperature=0.7, top_p=0.9),
+        dict(temperature=1.3, top_k=50, repetition_penalty=1.1),
+    ]
     coupled = [
-        _with(a, max_tokens=effort.tokens, ignore_eos=True, accept="coupled", seed=1000 + i, **mixed[i % 3]) for i, a in enumerate(answers)
+        _with(a, max_tokens=effort.tokens, ignore_eos=True, accept="coupled", seed=1000 + i, **mixed[i % 3])
+        for i, a in enumerate(answers)
     ]
     yield from _equality("coupled equality", engines, coupled, makers, effort, 0.0)
 
@@ -166,17 +180,24 @@ def _equality(
             detail += f", {near} near-ties (gap under {near_tie:g})"
         if different:
             first = next(d for run in runs for d in run["differences"] if d["gap"] >= near_tie)
-            detail += f"; {different} differ, prompt {first['line']} at token {first['at']} by a gap of {first['gap']:.3g}"
+            detail += (
+                f"; {different} differ, prompt {first['line']} at token {first['at']} by a gap of {first['gap']:.3g}"
+            )
         figures = {"outputs": count, "different": different, "near_ties": near, "runs": runs}
         yield Check(name, schedule, "fail" if different else "ok", detail, figures)
 
 
 def _with(answer: Answer, **params) -> Answer:
     """A copy whose request has these parameters; its seed and prompt stay."""
-    return Answer(answer.line, answer.id, replace(answer.request, params=SamplingParams(**{"seed": answer.request.params.seed, **params})))
+    return Answer(
+        answer.line,
+        answer.id,
+        replace(answer.request, params=SamplingParams(**{"seed": answer.request.params.seed, **params})),
+    )
 
 
-# -- distribution --------------------------------------------------------------------------------------------------------
+# -- distribution
+# --------------------------------------------------------------------------------------------------------
 
 
 def sampled(engines: Engines, answers: list[Answer], makers: dict, effort: Effort) -> Iterator[Check]:
@@ -186,7 +207,11 @@ def sampled(engines: Engines, answers: list[Answer], makers: dict, effort: Effor
         loop = Loop(engines, maker(), max_requests=effort.sample_batch, accept="rejection")
         params = SamplingParams(effort.sample_tokens, 1.0, ignore_eos=True)
         drawn = [
-            Answer(i, i, replace(answers[0].request, id=i, prompt_ids=prompts[i % len(prompts)], params=replace(params, seed=i)))
+            Answer(
+                i,
+                i,
+                replace(answers[0].request, id=i, prompt_ids=prompts[i % len(prompts)], params=replace(params, seed=i)),
+            )
             for i in range(effort.samples)
         ]
         decode_all(loop, drawn)
@@ -202,20 +227,25 @@ def sampled(engines: Engines, answers: list[Answer], makers: dict, effort: Effor
                 chances.append(np.log(max(own, 1e-30)))
                 logs = np.log(np.maximum(probabilities, 1e-30))
                 mean = (probabilities * logs).sum()
-                expected.append((mean, (probabilities * logs**2).sum() - mean**2, probabilities.max(), own == probabilities.max()))
+                expected.append(
+                    (mean, (probabilities * logs**2).sum() - mean**2, probabilities.max(), own == probabilities.max())
+                )
         yield _verdict(schedule, np.array(ranks), np.array(chances), np.array(expected), loop)
 
 
 def _verdict(schedule: str, ranks: ndarray, chances: ndarray, expected: ndarray, loop: Loop) -> Check:
     rng = np.random.default_rng(0)
     u = ranks[:, 0] + rng.random(len(ranks)) * ranks[:, 1]
-    spread = chi_square(np.bincount((u * BINS).astype(int).clip(0, BINS - 1), minlength=BINS), np.full(BINS, len(u) / BINS))
+    spread = chi_square(
+        np.bincount((u * BINS).astype(int).clip(0, BINS - 1), minlength=BINS), np.full(BINS, len(u) / BINS)
+    )
     z = (chances - expected[:, 0]).sum() / math.sqrt(max(expected[:, 1].sum(), 1e-12))
     surprise = math.erfc(abs(z) / math.sqrt(2))
     top, want = float(expected[:, 3].mean()), float(expected[:, 2].mean())
     least = min(spread, surprise)
     figures = {
-        "tokens": len(u), "p_spread": spread, "p_surprise": surprise, "z_surprise": z, "top_share": top, "top_expected": want,
+        "tokens": len(u), "p_spread": spread, "p_surprise": surprise, "z_surprise": z, "top_share": top,
+        "top_expected": want,
         "acceptance_length": loop.metrics.acceptance_length, "verified": loop.metrics.verified_tokens,
     }  # fmt: skip
     detail = f"{len(u)} tokens; the likeliest drawn {top:.1%} (target {want:.1%}); least p {least:.2g}"
@@ -224,7 +254,9 @@ def _verdict(schedule: str, ranks: ndarray, chances: ndarray, expected: ndarray,
     return Check("sampled tokens", schedule, "ok" if least > P_BOUND else "fail", detail, figures)
 
 
-def _scored(engines: Engines, prompt: tuple[int, ...], outputs: list[list[int]], rows: int) -> Iterator[tuple[ndarray, int]]:
+def _scored(
+    engines: Engines, prompt: tuple[int, ...], outputs: list[list[int]], rows: int
+) -> Iterator[tuple[ndarray, int]]:
     """(the target's probabilities [V] float64, the token drawn) for every token of `outputs`, by plain passes."""
     prompt = list(prompt)
     for start in range(0, len(outputs), rows):
@@ -263,7 +295,8 @@ def summary(checks: list[Check]) -> tuple[bool, str]:
         what = ", ".join(dict.fromkeys(f"{c.name} {c.schedule}".strip() for c in failed))
         return False, f"NOT LOSSLESS OR NOT AUDITED: {what}."
     warned = [f"{c.name} {c.schedule}".strip() for c in checks if c.status == "warn"]
-    text = f"Lossless: {', '.join(audited) or 'no schedule'} give the target's greedy text, its seeded text and its distribution."
+    names = ", ".join(audited) or "no schedule"
+    text = f"Lossless: {names} give the target's greedy text, its seeded text and its distribution."
     return True, text + (f" Mind: {', '.join(warned)}." if warned else "")
 
 

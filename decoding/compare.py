@@ -11,10 +11,10 @@ from typing import Callable
 import numpy as np
 
 from engines import Engines
+from engines.pack import pack_target
 
 from .generate import Answer, decode_all, progress
 from .loop import Loop
-from engines.pack import pack_target
 from .schedule import NoDraft, Scheduler
 
 
@@ -44,7 +44,8 @@ def compare(engines: Engines, answers: list[Answer], batches: list[int], schedul
         runs = [difference(engines, alone, size, scheduler, near_tie, advance) for size in batches]
     return {
         "prompts": len(answers), "tokens": alone.tokens, "near_tie_bound": near_tie,
-        "different": sum(run["different"] for run in runs), "near_ties": sum(run["near_ties"] for run in runs), "runs": runs,
+        "different": sum(run["different"] for run in runs), "near_ties": sum(run["near_ties"] for run in runs),
+        "runs": runs,
     }  # fmt: skip
 
 
@@ -54,7 +55,12 @@ def reference(engines: Engines, answers: list[Answer], advance: Callable[[], Non
 
 
 def difference(
-    engines: Engines, alone: Reference, size: int, scheduler: Scheduler, near_tie: float, advance: Callable[[], None] = lambda: None
+    engines: Engines,
+    alone: Reference,
+    size: int,
+    scheduler: Scheduler,
+    near_tie: float,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict:
     """The same requests with `scheduler`, `size` at once, against the reference: counts, and where outputs part."""
     outputs, loop = _outputs(engines, scheduler, alone.answers, size, advance)

@@ -153,7 +153,6 @@ class Loop:
                 if self._rows[row].request.id not in self._ids:
                     self._release(row)
         if not self._rows:
-            self._twins.idle()
             self.scheduler.idle()
         self.metrics.steps += 1
         self.metrics.seconds += perf_counter() - started
@@ -220,7 +219,7 @@ class Loop:
         while self._waiting and len(self._rows) < self.max_requests:
             request = self._waiting.popleft()
             speculative = request.params.speculative and self.scheduler.drafts
-            twin = self._twins.take(request.params.seed) if self.scheduler.load_aware else 0
+            twin = self._twins.take(request.params.seed) if speculative and self.scheduler.load_aware else 0
             self._rows.append(Sequence(request, speculative, self.judge.accept, limits=self.limits, twin=twin))
 
     # -- pack and target ---------------------------------------------------------------------------------------------
@@ -360,7 +359,7 @@ class Loop:
 
     def _release(self, row: int) -> None:
         """Frees a cache row: the last row's request moves into it."""
-        if self.scheduler.load_aware:
+        if self._rows[row].speculative and self.scheduler.load_aware:
             self._twins.end(self._rows[row].request.params.seed, self._rows[row].twin)
         last = self._rows.pop()
         if row < len(self._rows):

@@ -6,14 +6,14 @@ Under a load-aware scheduler the confidences of one request decide how much of a
 with the same seed and the same text would draw the same draft tokens, so the schedule of the later one would depend on
 the very token that it is about to draw. Each request in flight therefore takes the smallest number that no other one with
 its seed has, and that number goes into the counter of its uniforms; a request alone with its seed has 0. The number of a
-finished request stays taken for the next PATIENCE rounds with a draft: the budget looks two rounds back.
+finished request stays taken for the next PATIENCE rounds with a draft: until its blocks have left the scheduler's memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-PATIENCE = 3
+PATIENCE = 26  # lagged keeps the blocks of at most POOL = 24 rounds, and the newest one apart from them
 
 
 class Twins:
@@ -37,11 +37,6 @@ class Twins:
         """A round with a draft has gone by."""
         self.drafts += 1
         while self._ended and self._ended[0][0] + PATIENCE <= self.drafts:
-            self._free()
-
-    def idle(self) -> None:
-        """No request is in flight, and the scheduler has forgotten its last rounds."""
-        while self._ended:
             self._free()
 
     def _free(self) -> None:

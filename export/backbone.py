@@ -29,7 +29,7 @@ def build_backbone(model: DraftModel, max_context: int, *, static_cache: int | N
     block_position_ids = g.input("block_position_ids", "int64", ("R", G))
     write_index = g.input("write_index", "int64", ("R",))
     mask = g.input("mask", "float32", ("R", 1, G, "C"))
-    cos, sin = rope_tables(g, c.rope, D, max_context)
+    cos, sin, _ = rope_tables(g, c.rope, D, max_context)
     k_rows, v_rows = (head_rows(g, pad_index, KV, first, 2 * KV) for first in (0, KV))  # [R, H_kv, Q]
     groups = group_mask(g, c, mask)
 

@@ -165,9 +165,7 @@ def rejection(
     q_next = g.op("GatherND", draft_probs, g.op("Concat", g.op("Unsqueeze", draft_rows, g.const([1])), slot, axis=1))
     rejected = g.op("Cast", g.op("Less", accepted, n), to=1)  # 0 = drawn from p itself
     q_next = g.op("Mul", q_next, g.op("Mul", rejected, of(kept, row)))  # p - kept * q instead of p / kept - q
-    if V_d < V:
-        q_next = widen(g, q_next, draft_to_target, V)
-    residual = g.op("Relu", g.op("Sub", p_next, q_next))
+    residual = subtract(g, p_next, q_next, draft_to_target, V)
     empty = g.op("LessOrEqual", g.op("ReduceMax", residual, g.const([1]), keepdims=1), g.const(0.0, "float32"))
     residual = g.op("Add", residual, g.op("Mul", p_next, g.op("Cast", empty, to=1)))  # p itself where nothing is left
     return accepted, inverse_cdf(g, residual, g.op("GatherElements", next_uniform, accepted, axis=1), V)
@@ -199,11 +197,10 @@ def first_failure(g: Graph, fail: str, num_draft: str, G: int) -> str:
     return g.op("ReduceMin", first, g.const([1]), keepdims=1)
 
 
-def widen(g: Graph, q: str, draft_to_target: np.ndarray, vocab_size: int) -> str:
-    """q [Rs, V_d] -> [Rs, V]: each target token's draft probability, 0 outside the draft vocabulary."""
-    V_d = len(draft_to_target)
-    column = np.full(vocab_size, V_d, dtype=np.int64)
-    column[draft_to_target] = np.arange(V_d)
-    zero = g.op("Mul", g.op("Slice", q, g.const([0]), g.const([1]), g.const([1])), g.const(0.0, "float32"))
-    padded = g.op("Concat", q, zero, axis=1)
-    return g.op("Gather", padded, g.weight("target_to_draft", column, ("d2t",)), axis=1)
+def subtract(g: Graph, p: str, q: str, draft_to_target: np.ndarray, vocab_size: int) -> str:
+    """p [Rs, V], q [Rs, V_d] -> max(p - q, 0) [Rs, V], q = 0 outside the draft vocabulary: p stays as it is there."""
+    if np.array_equal(draft_to_target, np.arange(vocab_size)):
+        return g.op("Relu", g.op("Sub", p, q))
+    at = g.weight("draft_to_target", draft_to_target.astype(np.int64)[None], ("d2t",))
+    at = g.op("Expand", at, g.op("Shape", q))  # [Rs, V_d]
+    return g.op("ScatterElements", p, at, g.op("Relu", g.op("Sub", g.op("GatherElements", p, at, axis=1), q)), axis=1)

@@ -115,3 +115,9 @@ def test_pictures_and_file(rollouts, tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "images" / "simulated-load.png").stat().st_size > 10_000
     assert (tmp_path / "images" / "simulated-pareto.png").is_file()
+
+
+def test_the_shipped_rounds_are_whole_requests_at_temperature_1(rollouts, tmp_path):
+    traces.pack(rollouts, tmp_path / "small.npz", most=600)
+    logits, accepted, kind = traces.load(tmp_path / "small.npz")
+    assert len(logits) == 600 and set(kind) == {"maths", "code", "chat"} and accepted.max() <= 6

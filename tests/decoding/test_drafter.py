@@ -187,4 +187,4 @@ def test_twins_get_numbers_only_where_one_may_steer_the_other(tiny, name):
     assert (got[0] == got[1] == got[2]) is (name == "fixed")
     loop.add(Request("later", (1, 2, 3), SamplingParams(12, temperature=1.0, seed=7, ignore_eos=True)))
     loop.step()
-    assert loop._rows[0].twin == 0  # alone again
+    assert (loop._rows[0].twin > 0) is (name == "lagged")  # the pool still remembers the others

@@ -1,3 +1,4 @@
+from decoding.schedule_aware import POOL
 from decoding.twins import PATIENCE, Twins
 
 
@@ -11,12 +12,15 @@ def test_smallest_free_number_of_a_seed():
     assert [twins.take(5), twins.take(5)] == [1, 4]
 
 
-def test_numbers_are_kept_for_rounds_with_a_draft_and_freed_when_idle():
+def test_numbers_are_kept_until_the_scheduler_has_forgotten_the_request():
     twins = Twins()
     twins.end(1, twins.take(1))
     for _ in range(PATIENCE - 1):
         twins.drafted()
     assert twins.take(1) == 1
-    twins.end(1, 1)
-    twins.idle()
-    assert twins.take(1) == 0 and twins._taken == {1: {0}}
+    twins.drafted()
+    assert twins.take(1) == 0 and twins._taken == {1: {0, 1}}
+
+
+def test_the_memory_of_lagged_is_shorter():
+    assert PATIENCE >= POOL + 2

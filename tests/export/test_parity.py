@@ -32,7 +32,7 @@ DAMAGE = {
     "backbone": scale("hidden_norm.weight", 0.98),
     "markov": roll("draft_to_target"),
     "confidence": scale("confidence_head.proj.T", -1),
-    "verify": roll("target_to_draft"),
+    "verify": roll("draft_to_target"),
 }
 
 

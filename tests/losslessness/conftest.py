@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 import engines
@@ -26,8 +25,3 @@ def tiny(tmp_path_factory):
     loaded = engines.load(tiny_bundle(tmp_path_factory.mktemp("tiny"), draft_vocab=40, eos=20), threads=1)
     yield loaded
     loaded.close()
-
-
-def uniform_rows(*p: float) -> np.ndarray:
-    """[V] logits of the probabilities p of tokens 0, 1, ...; the others are never drawn."""
-    return np.concatenate([np.log(p), np.full(table.V - len(p), table.NEVER)]).astype(np.float32)

@@ -1,7 +1,8 @@
-"""What the target alone would say: exact probabilities of whole outputs by enumeration, and the tests that samples must pass.
+"""What the target alone would say: exact probabilities of whole outputs by enumeration, and the tests that samples must
+pass.
 
-Knows: the order of a request's parameters (docs of decoding/sampling.py), here once more in float64 and in a few plain lines.
-Refuses to know: drafts, schedules, engines.
+Knows: the order of a request's parameters (docs of decoding/sampling.py), here once more in float64 and in a few plain
+lines. Refuses to know: drafts, schedules, engines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ BOUND = 1e-6  # least p-value: about 300 tests, so a sound build fails one of th
 # fixed, so a pass stays a pass. A mutation must fall below it.
 
 
-def next_probabilities(logits: ndarray, params, prompt: tuple[int, ...], output: tuple[int, ...], eos: tuple[int, ...]) -> ndarray:
+def next_probabilities(
+    logits: ndarray, params, prompt: tuple[int, ...], output: tuple[int, ...], eos: tuple[int, ...]
+) -> ndarray:
     """[V] probabilities of the next token. logits [V]: the target's own after prompt + output. Edits in the documented
     order: repetition, presence and frequency, bias, bans, temperature, top_k, top_p, min_p (ties kept by value)."""
     x = logits.astype(np.float64).copy()
@@ -52,7 +55,9 @@ def softmax(x: ndarray) -> ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def outputs(logits: Callable[[tuple[int, ...]], ndarray], request, eos: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+def outputs(
+    logits: Callable[[tuple[int, ...]], ndarray], request, eos: tuple[int, ...]
+) -> dict[tuple[int, ...], float]:
     """{output: probability} of every output that `request` may get; logits(ids) -> [V] of the token after ids."""
     p, prompt = request.params, tuple(request.prompt_ids)
     done, open_ = {}, {(): 1.0}

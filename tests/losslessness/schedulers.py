@@ -36,8 +36,8 @@ class LooksAhead(Scheduler):
 
 
 class Alone(Scheduler):
-    """Every row has a scheduler of its own, which sees a batch of one: one request's behaviour, hundreds at a time. A row
-    that its scheduler does not want to draft for is drafted (the loop batches) and not verified."""
+    """Every row has a scheduler of its own, which sees a batch of one: one request's behaviour, hundreds at a time. A
+    row that its scheduler does not want to draft for is drafted (the loop batches) and not verified."""
 
     def __init__(self, make: Callable[[], object], rows: int):
         self.each = [make() for _ in range(rows)]
@@ -64,8 +64,8 @@ class Alone(Scheduler):
 
 
 class TwoRoundsAgo(Scheduler):
-    """Right, if no draft uniform is ever used twice: each request verifies what would have been best for the survivals its
-    row had two rounds before (an unconstrained argmax). speeds [G+1] as above; `rows`: at most so many requests."""
+    """Right, if no draft uniform is ever used twice: each request verifies what would have been best for the survivals
+    its row had two rounds before (an unconstrained argmax). speeds [G+1] as above; `rows`: at most so many requests."""
 
     def __init__(self, speeds: list[float], rows: int):
         self.best, self.history = Retrospective(speeds), [np.zeros(rows, np.int64)] * 2
@@ -79,9 +79,9 @@ class TwoRoundsAgo(Scheduler):
 
 
 class SkipsByTheLast(Scheduler):
-    """Right under the same condition: every other round drafts and verifies nothing; the round after it drafts (and verifies
-    one token) only if that unverified draft had a good end, here `slot`'s confidence over a half. One request a batch row;
-    the loop drafts for all or none, so it is meant for one request at a time."""
+    """Right under the same condition: every other round drafts and verifies nothing; the round after it drafts (and
+    verifies one token) only if that unverified draft had a good end, here `slot`'s confidence over a half. One request
+    a batch row; the loop drafts for all or none, so it is meant for one request at a time."""
 
     def __init__(self, slot: int):
         self.slot, self.looking, self.good = slot, True, False

@@ -1,11 +1,11 @@
 """A language model that is a table: exact probabilities, and engines fast enough for hundreds of thousands of draws.
 
-Knows: the target, backbone and confidence engines as look-ups in numpy, over caches that keep tokens. Refuses to know: the
-accept rule, sampling, schedules. Those are the shipped ones: `markov` and `verify` run the exported graphs, and everything
-above the engines is the real loop.
+Knows: the target, backbone and confidence engines as look-ups in numpy, over caches that keep tokens. Refuses to know:
+the accept rule, sampling, schedules. Those are the shipped ones: `markov` and `verify` run the exported graphs, and
+everything above the engines is the real loop.
 
-The model. Target: logits of the next token from the last two tokens. Draft: base logits of slot k from the anchor and the
-token before it, plus the Markov head's bias for x_{k-1}. Confidence of slot k: from the same and x_{k-1}.
+The model. Target: logits of the next token from the last two tokens. Draft: base logits of slot k from the anchor and
+the token before it, plus the Markov head's bias for x_{k-1}. Confidence of slot k: from the same and x_{k-1}.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ NEVER = -60.0  # a logit whose token is never drawn (e^-60)
 
 @dataclass(frozen=True)
 class Table:
-    """target [V, V, V]: logits after (token before, token). base [G, V, V, V_d]: draft base logits of slot k after (token
-    before the anchor, anchor). confidence [G, V, V, V]: logits of c_k after the same and x_{k-1} (the anchor at slot 0)."""
+    """target [V, V, V]: logits after (token before, token). base [G, V, V, V_d]: draft base logits of slot k after
+    (token before the anchor, anchor). confidence [G, V, V, V]: logits of c_k after the same and x_{k-1} (the anchor at
+    slot 0)."""
 
     target: ndarray
     base: ndarray
@@ -44,14 +45,18 @@ class Table:
 
 
 class TableEngines:
-    """`engines.base.Engines` over a Table; `graphs` is a loaded bundle whose markov and verify engines are used as they are."""
+    """`engines.base.Engines` over a Table; `graphs` is a loaded bundle whose markov and verify engines are used as they
+    are."""
 
     verify_rows = None  # one call for any number of rows
 
     def __init__(self, graphs: engines.Engines, table: Table):
         self.graphs, self.table = graphs, table
         d = graphs.bundle.draft
-        self.width, self.hidden_size = len(d.layer_ids) * graphs.bundle.target.hidden_size, graphs.bundle.target.hidden_size
+        self.width, self.hidden_size = (
+            len(d.layer_ids) * graphs.bundle.target.hidden_size,
+            graphs.bundle.target.hidden_size,
+        )
         self.target_capacity = self.draft_capacity = 0
         self.tokens = np.zeros((0, 0), np.int64)  # [rows, C]: the target's cache
         self.context = np.zeros((0, 0), np.int64)  # [rows, C]: the draft's cache, the token of each context position
@@ -111,10 +116,12 @@ class TableEngines:
 
 
 def graphs(folder: Path, *, draft_vocab: int | None = None, bigrams: ndarray | None = None) -> engines.Engines:
-    """A loaded bundle with the markov and verify graphs of a table: W_1 = identity, W_2 = bigrams [V_d, V] (None: zero)."""
+    """A loaded bundle with the markov and verify graphs of a table: W_1 = identity, W_2 = bigrams [V_d, V] (None:
+    zero)."""
     target = make_target(folder / "target", vocab=V, layers=2, eos=EOS)
     model = DraftModel(DraftConfig(
-        decoder=decoder_config("llama", V, 1), block_size=G, mask_token_id=V - 2, target_layer_ids=(0, 1), num_target_layers=2,
+        decoder=decoder_config("llama", V, 1), block_size=G, mask_token_id=V - 2, target_layer_ids=(0, 1),
+        num_target_layers=2,
         markov_rank=V, markov_head_type="vanilla", enable_confidence_head=True, confidence_head_with_markov=True,
         draft_vocab_size=draft_vocab,
     ))  # fmt: skip

@@ -1,5 +1,6 @@
-"""The paper's Appendix A, through the real loop: target (0.7, 0.3), draft (0.5, 0.5), a_1 = 0.8, c_2 = 0.9 after A and 0 after
-B, steps per second 1.0, 0.5, 0.45 for 1, 2, 3 tokens. A retrospective argmax turns the target's (0.7, 0.3) into (0.85, 0.15)."""
+"""The paper's Appendix A, through the real loop: target (0.7, 0.3), draft (0.5, 0.5), a_1 = 0.8, c_2 = 0.9 after A and
+0 after B, steps per second 1.0, 0.5, 0.45 for 1, 2, 3 tokens. A retrospective argmax turns the target's (0.7, 0.3) into
+(0.85, 0.15)."""
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from engines.sps import Sps
 from tests.losslessness.driving import make
 from tests.losslessness.exact import BOUND, p_value
 from tests.losslessness.schedulers import APPENDIX_A, Alone, Retrospective
-from tests.losslessness.table import EOS, NEVER, G, Table, TableEngines, V
+from tests.losslessness.table import NEVER, G, Table, TableEngines, V
 
 DRAWS = 200_000
 ROWS = 500
@@ -30,7 +31,8 @@ def appendix_a() -> Table:
 
 
 def first_tokens(engines, scheduler, draws=DRAWS, rows=ROWS, **loop_options) -> np.ndarray:
-    """[2] counts of A and B: the first token of every decode round, `rows` requests at once, each with a seed of its own."""
+    """[2] counts of A and B: the first token of every decode round, `rows` requests at once, each with a seed of its
+    own."""
     loop = Loop(engines, scheduler, max_requests=rows, token_budget=1 << 20, **loop_options)
     counts, made, seed = np.zeros(2, np.int64), 0, 0
     while made < draws:
@@ -55,9 +57,9 @@ def retrospective():
 
 
 def test_a_retrospective_argmax_fails_as_the_paper_says(paper):
-    counts = first_tokens(paper, retrospective())
+    counts = first_tokens(paper, retrospective(), draws=60_000)
     share = counts / counts.sum()
-    assert counts.sum() >= DRAWS and share == pytest.approx([0.85, 0.15], abs=0.004), share
+    assert share == pytest.approx([0.85, 0.15], abs=0.006), share
     assert p_value(counts, counts.sum() * np.array([0.7, 0.3])) < BOUND
 
 
@@ -78,7 +80,7 @@ def test_the_shipped_schedulers_keep_the_target(paper, schedule):
 @pytest.mark.parametrize("schedule", ["causal", "lagged"])
 def test_the_shipped_schedulers_keep_the_target_one_request_at_a_time(paper, schedule):
     """Without the wrapper: the loop's own skipping and probing."""
-    keeps(first_tokens(paper, make(schedule, paper_sps()), draws=4_000, rows=1), draws=4_000)
+    keeps(first_tokens(paper, make(schedule, paper_sps()), draws=2_500, rows=1), draws=2_500)
 
 
 def keeps(counts, draws=DRAWS):

@@ -1,7 +1,9 @@
-"""Whole outputs against the target's exact distribution, for every scheduler and accept rule, in batches of 1 to 8 and of 64.
+"""Whole outputs against the target's exact distribution, for every scheduler and accept rule, in batches of 1 to 8 and
+of 64.
 
-One loop holds requests of every kind at once: temperatures, filters, penalties, bans, greedy and plain ones; they join and leave at
-any step, prompts are fed in chunks beside decoding, drafts are skipped and probed. Coupled: the distribution over seeds.
+One loop holds requests of every kind at once: temperatures, filters, penalties, bans, greedy and plain ones; they join
+and leave at any step, prompts are fed in chunks beside decoding, drafts are skipped and probed. Coupled: the
+distribution over seeds.
 """
 
 from functools import cache
@@ -11,9 +13,9 @@ import pytest
 
 from decoding.loop import Loop
 from decoding.request import Request, SamplingParams
-from tests.losslessness.exact import BOUND, outputs, p_values
 from tests.losslessness.driving import SCHEDULES, make, run
-from tests.losslessness.table import EOS, V
+from tests.losslessness.exact import BOUND, outputs, p_values
+from tests.losslessness.table import EOS
 
 LENGTH = 5
 KINDS = {
@@ -25,10 +27,12 @@ KINDS = {
     "min_p, repetition": ((6, 1, 1), dict(temperature=0.9, min_p=0.12, repetition_penalty=1.4)),
     "edits": (
         (0, 3) * 5,
-        dict(presence_penalty=0.7, frequency_penalty=0.4, bad_words=((1,), (2, 4), (0, 3, 6)), logit_bias=((3, 1.5), (6, -1.0))),
+        dict(presence_penalty=0.7, frequency_penalty=0.4, bad_words=((1,), (2, 4), (0, 3, 6)),
+             logit_bias=((3, 1.5), (6, -1.0))),
     ),
     "greedy with penalties": ((5, 1), dict(temperature=0.0, frequency_penalty=0.9, repetition_penalty=1.2)),
-    "all filters, min_tokens": ((2,), dict(temperature=1.2, top_k=6, top_p=0.9, min_p=0.05, min_tokens=2, ignore_eos=False)),
+    "all filters, min_tokens": ((2,), dict(temperature=1.2, top_k=6, top_p=0.9, min_p=0.05, min_tokens=2,
+                                             ignore_eos=False)),
     "target alone": ((7, 1, 4), dict(speculative=False)),
 }  # fmt: skip
 
@@ -42,7 +46,8 @@ def todo(kinds, each: int, first_seed: int, **more) -> list[Request]:
     rng = np.random.default_rng(first_seed)
     order = rng.permutation(np.repeat(np.arange(len(kinds)), each))
     return [
-        Request((kinds[k], i), KINDS[kinds[k]][0], params(kinds[k], seed=first_seed + i, **more)) for i, k in enumerate(order)
+        Request((kinds[k], i), KINDS[kinds[k]][0], params(kinds[k], seed=first_seed + i, **more))
+        for i, k in enumerate(order)
     ]
 
 
@@ -78,15 +83,15 @@ def test_the_tables_are_distributions(jagged):
     assert all(1 not in o for o in _exact(jagged, "edits"))
 
 
-def mixed_draw(engines, schedule, accept, each=6, wide=500):
+def mixed_draw(engines, schedule, accept, each=4, wide=400):
     """{kind: outputs} over batches of 1 to 8 (`each` x batch requests of every kind) and one of 64 (`wide`)."""
     drawn: dict[str, list] = {}
     for batch, count in [*((b, each * b) for b in range(1, 9)), (64, wide)]:
         if not count:
             continue
         loop = Loop(engines, make(schedule), max_requests=batch, token_budget=max(12, 4 * batch), accept=accept)
-        for kind, outputs in draw(loop, todo([*KINDS], count, 10_000 * batch)).items():
-            drawn.setdefault(kind, []).extend(outputs)
+        for kind, each_output in draw(loop, todo([*KINDS], count, 10_000 * batch)).items():
+            drawn.setdefault(kind, []).extend(each_output)
         if schedule == "lagged" and batch == 3:
             assert loop.metrics.rounds_without_draft and loop.metrics.drafts, "skipping and probing must take part"
     return drawn

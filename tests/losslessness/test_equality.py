@@ -66,14 +66,22 @@ def test_greedy_output_is_the_targets_with_every_head(tmp_path, draft):
 
 
 def mixed(accept):
-    """Requests of all sorts: what a coupled request's text may depend on, and greedy and rejection ones between them."""
+    """Requests of all sorts: what a coupled request's text may depend on, and greedy and rejection ones between
+    them."""
     rng = np.random.default_rng(5)
     todo = []
     for i, text in enumerate(TEXTS):
-        params = dict(max_tokens=20, seed=int(rng.integers(1 << 40)), temperature=float(rng.choice([0.5, 0.8, 1.0, 1.6])), accept=accept)
-        params |= [{}, dict(top_k=7), dict(top_p=0.8), dict(min_p=0.05), dict(repetition_penalty=1.3, frequency_penalty=0.5),
-                   dict(logit_bias=((5, 2.0), (9, -3.0)), bad_words=((4,), (7, 8)), min_tokens=6), dict(temperature=0.0),
-                   dict(return_log_probs=True)][i % 8]  # fmt: skip
+        params = dict(
+            max_tokens=20,
+            seed=int(rng.integers(1 << 40)),
+            temperature=float(rng.choice([0.5, 0.8, 1.0, 1.6])),
+            accept=accept,
+        )
+        params |= [
+            {}, dict(top_k=7), dict(top_p=0.8), dict(min_p=0.05), dict(repetition_penalty=1.3, frequency_penalty=0.5),
+            dict(logit_bias=((5, 2.0), (9, -3.0)), bad_words=((4,), (7, 8)), min_tokens=6), dict(temperature=0.0),
+            dict(return_log_probs=True),
+        ][i % 8]  # fmt: skip
         todo.append(Request(i, text, SamplingParams(**params)))
     return todo
 
@@ -97,7 +105,10 @@ def test_coupled_output_is_the_targets_for_the_seed(tiny, coupled_alone, schedul
 
 def test_seeds_matter(tiny, coupled_alone):
     """Otherwise equality would prove nothing."""
-    other = [Request(r.id, r.prompt_ids, SamplingParams(**{**r.params.__dict__, "seed": r.params.seed + 1})) for r in mixed("coupled")]
+    other = [
+        Request(r.id, r.prompt_ids, SamplingParams(**{**r.params.__dict__, "seed": r.params.seed + 1}))
+        for r in mixed("coupled")
+    ]
     have = alone(tiny, other)
     same = sum(have[i] == coupled_alone[i] for i in have)
     assert same < len(have) / 3

@@ -1,6 +1,8 @@
-"""Faults that the kit must notice: each is a changed graph, batch or method, and the test fails where the kit passes it.
+"""Faults that the kit must notice: each is a changed graph, batch or method, and the test fails where the kit passes
+it.
 
-"Draft uniforms reused over rounds" and "a retrospective argmax" are mutations too: test_history.py, test_counterexample.py.
+"Draft uniforms reused over rounds" and "a retrospective argmax" are mutations too: test_history.py,
+test_counterexample.py.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pytest
 from decoding import random
 from decoding.loop import Loop
 from decoding.random import ACCEPT
-from decoding.request import Request, SamplingParams, Sequence
+from decoding.request import Request, Sequence
 from decoding.sampling import Edits
 from decoding.schedule_aware import Lagged, descending
 from engines.base import VerifyResult
@@ -56,7 +58,8 @@ def test_the_shipped_code_passes_with_the_same_draws(jagged):
     assert least(jagged, [*KINDS]) > BOUND
 
 
-# -- changed batches and results -----------------------------------------------------------------------------------------
+# -- changed batches and results
+# -----------------------------------------------------------------------------------------
 
 
 def one_more_accepted(call, batch):
@@ -82,7 +85,10 @@ def top_2(q):
 BATCHES = {
     "accepts one more": (one_more_accepted, PLAIN),
     "accepts one less": (one_less_accepted, PLAIN),
-    "slots judged by the row after": (altered(sample_rows=lambda r: np.concatenate([r[:, 1:], r[:, -1:]], axis=1)), PLAIN),
+    "slots judged by the row after": (
+        altered(sample_rows=lambda r: np.concatenate([r[:, 1:], r[:, -1:]], axis=1)),
+        PLAIN,
+    ),
     "slots judged by the q after": (altered(draft_probs=lambda q: np.roll(q, 1, axis=1)), PLAIN),
     "judged by another request's q": (altered(draft_rows=lambda r: np.roll(r, 1)), PLAIN),
     "accepts everything": (altered(accept_uniforms=np.zeros_like), PLAIN),
@@ -100,17 +106,20 @@ def test_changed_batches_are_caught(jagged, name):
 
 
 def test_next_token_from_the_accept_uniform_is_caught(jagged):
-    shifted = lambda call, b: call(replace(b, next_uniforms=np.concatenate([b.accept_uniforms, b.next_uniforms[:, :1]], axis=1)))
+    shifted = lambda call, b: call(
+        replace(b, next_uniforms=np.concatenate([b.accept_uniforms, b.next_uniforms[:, :1]], axis=1))
+    )
     assert least(Changed(jagged, verify=shifted), PLAIN) < BOUND
 
 
-# -- changed graphs ------------------------------------------------------------------------------------------------------
+# -- changed graphs
+# ------------------------------------------------------------------------------------------------------
 
 
-def with_verify_graph(engines, folder):
+def with_verify_graph(engines, folder, draft_to_target=table.DRAFT_TO_TARGET):
     """The engines with a verify graph that is built now, by whatever export.verify has been patched to."""
     bundle = engines.bundle
-    graph = export_verify.build_verify(table.G, table.V, table.DRAFT_TO_TARGET)
+    graph = export_verify.build_verify(table.G, table.V, draft_to_target)
     graph.save(folder)
     session = Graph(folder / "model.onnx", bundle.engines["verify"], session_options(1), None)
     return Changed(engines, verify=lambda call, batch: VerifyResult(**session.run(batch.__dict__)))
@@ -120,12 +129,6 @@ def not_normalised(g, weights, uniform, size):
     cdf = g.op("CumSum", weights, g.const(1))
     count = g.op("ReduceSum", g.op("Cast", g.op("LessOrEqual", cdf, uniform), to=7), g.const([1]), keepdims=1)
     return g.op("Min", count, g.const(size - 1))
-
-
-def pruning_forgotten(g, q, draft_to_target, vocab_size):
-    """The draft's probabilities at its own ids instead of the target's."""
-    zeros = g.op("Mul", g.op("Slice", q, g.const([0]), g.const([vocab_size - len(draft_to_target)]), g.const([1])), g.const(0.0, "float32"))
-    return g.op("Concat", q, zeros, axis=1)
 
 
 def filters_before_temperature(honest):
@@ -145,9 +148,15 @@ def filters_before_temperature(honest):
 
 GRAPHS = {
     "residual not normalised": ("inverse_cdf", lambda honest: not_normalised, PLAIN),
-    "wrong draft distribution after pruning": ("widen", lambda honest: pruning_forgotten, PLAIN),
     "top-p before temperature": ("filters", filters_before_temperature, ["top_p"]),
 }
+
+
+def test_a_wrong_draft_distribution_after_pruning_is_caught(jagged, tmp_path):
+    """The residual takes the draft's probabilities off tokens 0 .. V_d - 1, as if nothing had been pruned."""
+    assert least(with_verify_graph(jagged, tmp_path), PLAIN) > BOUND
+    unpruned = np.arange(len(table.DRAFT_TO_TARGET))
+    assert least(with_verify_graph(jagged, tmp_path, unpruned), PLAIN) < BOUND
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -157,7 +166,8 @@ def test_changed_graphs_are_caught(jagged, tmp_path, monkeypatch, name):
     assert least(with_verify_graph(jagged, tmp_path), kinds) < BOUND
 
 
-# -- changed methods -----------------------------------------------------------------------------------------------------
+# -- changed methods
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_accept_uniforms_equal_to_the_drafts_are_caught(jagged, monkeypatch):
@@ -168,7 +178,9 @@ def test_accept_uniforms_equal_to_the_drafts_are_caught(jagged, monkeypatch):
         return s.last
 
     monkeypatch.setattr(Sequence, "draft_uniforms", remembered)
-    monkeypatch.setattr(Sequence, "uniforms", lambda s, p, n: s.last[:n] if p == ACCEPT and hasattr(s, "last") else judge(s, p, n))
+    monkeypatch.setattr(
+        Sequence, "uniforms", lambda s, p, n: s.last[:n] if p == ACCEPT and hasattr(s, "last") else judge(s, p, n)
+    )
     assert least(jagged, PLAIN) < BOUND
 
 
@@ -185,7 +197,8 @@ def test_penalties_that_ignore_the_blocks_own_prefix_are_caught(jagged, monkeypa
 
 @pytest.mark.parametrize("schedule", ["threshold", "causal", "lagged"])
 def test_a_confidence_that_sees_its_own_token_is_caught(flat_graphs, schedule):
-    """c_k from x_k instead of x_{k-1}: the cut depends on the token that is cut. Each request with a scheduler of its own."""
+    """c_k from x_k instead of x_{k-1}: the cut depends on the token that is cut. Each request with a scheduler of its
+    own."""
     last = {}
 
     def markov(call, batch):
@@ -229,7 +242,9 @@ def test_lagged_with_the_current_rounds_budget_is_caught(flat_graphs):
             return lengths
 
     sps = paper_sps()
-    counts = first_tokens(table.TableEngines(flat_graphs, appendix_a()), Alone(lambda: Now(sps), 200), draws=5_000, rows=200)
+    counts = first_tokens(
+        table.TableEngines(flat_graphs, appendix_a()), Alone(lambda: Now(sps), 200), draws=5_000, rows=200
+    )
     assert p_value(counts, counts.sum() * np.array([0.7, 0.3])) < BOUND and counts[0] / counts.sum() > 0.75
 
 
@@ -242,13 +257,19 @@ def test_coupled_noise_keyed_by_the_draft_is_caught(jagged, monkeypatch):
     def by_round(s, count):
         if getattr(s, "seen", None) != len(s.tokens):
             s.seen, s.round = len(s.tokens), getattr(s, "round", -1) + 1
-        return np.stack([random.gumbel(s.request.params.seed, 100 * s.round + k, np.empty(table.V, np.float32)) for k in range(count)])
+        return np.stack(
+            [
+                random.gumbel(s.request.params.seed, 100 * s.round + k, np.empty(table.V, np.float32))
+                for k in range(count)
+            ]
+        )
 
     monkeypatch.setattr(Sequence, "noise", by_round)
     assert texts("fixed") != texts("none")
 
 
-# -- log-probs -----------------------------------------------------------------------------------------------------------
+# -- log-probs
+# -----------------------------------------------------------------------------------------------------------
 
 
 def worst_log_prob(engines, schedule="fixed") -> float:

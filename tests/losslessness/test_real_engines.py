@@ -1,4 +1,5 @@
-"""The distribution of sampled outputs through real ONNX Runtime engines: target, draft and confidence models with weights."""
+"""The distribution of sampled outputs through real ONNX Runtime engines: target, draft and confidence models with
+weights."""
 
 from itertools import product
 
@@ -11,8 +12,8 @@ from decoding.loop import Loop
 from decoding.request import Request, SamplingParams
 from tests.bundles import tiny_bundle
 from tests.decoding.drive import drive, tokens
-from tests.losslessness.exact import BOUND, outputs, p_values
 from tests.losslessness.driving import SCHEDULES, make
+from tests.losslessness.exact import BOUND, outputs, p_values
 
 VOCAB, LENGTH, PROMPT = 8, 4, (1, 5, 2)
 

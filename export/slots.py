@@ -1,0 +1,117 @@
+"""From packed rows to attention's slots and back: the target graph's attention, in two forms.
+
+Knows: which head of which packed row goes where; the index tensors, computed once a pass and used by every layer. Refuses
+to know: caches, precision. Legend: N packed tokens, R requests, Q padded slots a request, H query heads,
+H_kv key-value heads, D head size, G query heads that share a key-value head.
+
+Both forms: spread(w, qkv [N, (H + 2 H_kv) * D], layer) -> rotated q in the form's own layout, rotated k and v
+[R, H_kv, Q, D]; attend(q, k, v), k and v the caches [R, H_kv, C, D] -> [N, H * D].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training.target import DecoderConfig
+
+from .decoder import Weights, attention, group_mask, head_rows, rope_tables
+from .graph import Graph
+
+
+class GroupedSlots:
+    """One Gather, one RotaryEmbedding, one Split: the query heads of a group, then its key, then its value, side by side
+    as slots of one head [R, H_kv, (G + 2) * Q, D]. The value's slots are positioned at a row of the rope tables that
+    turns nothing (x * 1 - y * 0). ONNX Runtime's form; not for models that normalise q and k per head."""
+
+    def __init__(self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str):
+        self.graph, self.config = g, c
+        H, KV, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        queries = np.arange(H).reshape(KV, -1)
+        if H == KV:
+            queries = np.tile(queries, 2)  # twice, for the reason given in decoder.attention
+        G = queries.shape[1]
+        kv = np.arange(KV)[:, None]
+        heads = np.concatenate([queries, H + kv, H + KV + kv], axis=1)  # [H_kv, G + 2]
+        rows = g.op("Mul", g.op("Unsqueeze", pad_index, g.const([1, 2])), g.const(H + 2 * KV))
+        rows = g.op("Add", rows, g.const(heads[None, :, :, None]))
+        self.rows = g.reshape(rows, 0, KV, -1)
+        self.cos, self.sin, unturned = rope_tables(g, c.rope, D, max_context, unturned=True)
+        still = g.op("Add", g.op("Mul", position_ids, g.const(0)), g.const(unturned))
+        self.positions = g.op("Concat", *[position_ids] * (G + 1), still, axis=1)
+        Q = g.op("Shape", pad_index, start=1, end=2)
+        self.sizes = g.op("Mul", Q, g.const([G, 1, 1]))
+        self.groups = group_mask(g, c, mask)
+        self.packed = self._packed(pack_index, Q)
+
+    def _packed(self, pack_index: str, Q: str) -> str:
+        """Index [N, H, 3] into [R, H_kv, G * Q, D]: packed row n = r * Q + j, head h takes (r, h // G, h % G * Q + j)."""
+        g, c = self.graph, self.config
+        h = np.arange(c.num_attention_heads)
+        G = len(h) // c.num_key_value_heads
+        column = lambda x: g.op("Unsqueeze", x, g.const([1, 2]))  # [N, 1, 1]
+        row = lambda values: g.const(values[None, :, None])  # [1, H, 1]
+        request, slot = g.op("Div", pack_index, Q), g.op("Mod", pack_index, Q)
+        request = g.op("Add", column(request), row(0 * h))
+        head = g.op("Add", g.op("Mul", request, g.const(0)), row(h // G))
+        slots = g.op("Add", column(slot), g.op("Mul", row(h % G), Q))
+        return g.op("Concat", request, head, slots, axis=2)
+
+    def spread(self, w: Weights, qkv: str, layer: str) -> tuple[str, str, str]:
+        g = self.graph
+        slots = g.op("Gather", g.reshape(qkv, -1, self.config.head_dim), self.rows)
+        turned = g.op("RotaryEmbedding", slots, self.cos, self.sin, self.positions)
+        return g.op("Split", turned, self.sizes, out=3, axis=2)
+
+    def attend(self, q: str, k: str, v: str) -> str:
+        """q [R, H_kv, G * Q, D], k and v [R, H_kv, C, D] -> [N, H * D]."""
+        g, c = self.graph, self.config
+        o = g.op("Attention", q, k, v, self.groups, scale=float(c.head_dim) ** -0.5)
+        return g.reshape(g.op("GatherND", o, self.packed), -1, c.num_attention_heads * c.head_dim)
+
+
+class SeparateSlots:
+    """q and k together [R, H + H_kv, Q, D], v apart: TensorRT's form, and that of models that normalise q and k per head."""
+
+    def __init__(self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str):
+        self.graph, self.config, self.positions = g, c, position_ids
+        H, KV = c.num_attention_heads, c.num_key_value_heads
+        self.cos, self.sin, _ = rope_tables(g, c.rope, c.head_dim, max_context)
+        self.qk_rows = head_rows(g, pad_index, H + KV, 0, H + 2 * KV)  # [R, H + H_kv, Q]
+        self.v_rows = head_rows(g, pad_index, KV, H + KV, H + 2 * KV)  # [R, H_kv, Q]
+        self.packed = packed_head_rows(g, pad_index, pack_index, H)  # [N, H]
+        self.groups = group_mask(g, c, mask)
+
+    def spread(self, w: Weights, qkv: str, layer: str) -> tuple[str, str, str]:
+        g, c = self.graph, self.config
+        heads = g.reshape(qkv, -1, c.head_dim)  # [N * (H + 2 H_kv), D]
+        qk, v = g.op("Gather", heads, self.qk_rows), g.op("Gather", heads, self.v_rows)
+        if c.qk_norm:
+            qk = qk_norm(w, qk, layer, c)
+        qk = g.op("RotaryEmbedding", qk, self.cos, self.sin, self.positions)
+        q, k = g.op("Split", qk, g.const([c.num_attention_heads, c.num_key_value_heads]), out=2, axis=1)
+        return q, k, v
+
+    def attend(self, q: str, k: str, v: str) -> str:
+        """q [R, H, Q, D], k and v [R, H_kv, C, D] -> [N, H * D]."""
+        g, c = self.graph, self.config
+        o = g.reshape(attention(g, c, q, k, v, self.groups), -1, c.head_dim)  # [R * H * Q, D]
+        return g.reshape(g.op("Gather", o, self.packed), -1, c.num_attention_heads * c.head_dim)
+
+
+def packed_head_rows(g: Graph, pad_index: str, pack_index: str, heads: int) -> str:
+    """Index [N, H] into the [R * H * Q, D] view of [R, H, Q, D]: packed row n = r * Q + j takes (r, h, j)."""
+    Q = g.op("Shape", pad_index, start=1, end=2)
+    request, slot = g.op("Div", pack_index, Q), g.op("Mod", pack_index, Q)
+    first = g.op("Add", g.op("Mul", request, g.op("Mul", Q, g.const([heads]))), slot)  # (r, head 0, j)
+    head_offsets = g.op("Mul", g.const(np.arange(heads)[None, :]), Q)
+    return g.op("Add", g.op("Unsqueeze", first, g.const([1])), head_offsets)
+
+
+def qk_norm(w: Weights, qk: str, layer: str, c: DecoderConfig) -> str:
+    """Qwen3's per-head norms on the joint qk [R, H + H_kv, Q, D]: one norm, then each head's own scale."""
+    g = w.graph
+    names = (f"{layer}.q_norm.weight", f"{layer}.k_norm.weight")
+    q, k = (w.array(name) for name in names)
+    scale = np.concatenate([np.tile(q, (c.num_attention_heads, 1)), np.tile(k, (c.num_key_value_heads, 1))])[:, None, :]
+    normed = g.op("RMSNormalization", qk, g.const(np.ones(q.shape[0]), "float32"), axis=-1, epsilon=c.rms_norm_eps)
+    return g.op("Mul", normed, g.weight(f"{layer}.qk_norm", scale, names))
