@@ -47,14 +47,14 @@ class Effort:
     sample_tokens and sample_batch of the statistical test."""
 
     batches: tuple[int, ...] = (1, 4, 8)
-    prompts: int = 12
-    tokens: int = 48
-    samples: int = 256
+    prompts: int = 8
+    tokens: int = 32
+    samples: int = 160
     sample_tokens: int = 12
     sample_batch: int = 16
 
 
-QUICK = Effort(batches=(6,), prompts=6, tokens=24, samples=96, sample_tokens=8)
+QUICK = Effort(batches=(6,), prompts=5, tokens=20, samples=64, sample_tokens=8)
 
 
 @dataclass

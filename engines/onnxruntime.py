@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy import ndarray
 
+from . import hugepages
 from .base import (
     BackboneBatch,
     BackboneResult,
@@ -55,10 +56,12 @@ class OnnxRuntimeEngines:
         )
         self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, _cache_dtype(bundle.engines["backbone"]))
         caches = {"target": self.target_caches, "backbone": self.draft_caches}
+        before = hugepages.places()
         self._graphs = {
             name: Graph(bundle.folder / spec.path, spec, options, caches.get(name))
             for name, spec in bundle.engines.items()
         }
+        hugepages.ask(hugepages.places() - before)  # what the sessions took: their weights
         self._mask_dtype = {n: _input(bundle.engines[n], "mask").dtype for n in ("target", "backbone")}
 
     @property

@@ -31,7 +31,7 @@ class Weights:
     def linear(self, x: str, *layers: str, int8: str | None = "row", out: str | int = 1) -> str:
         """x [rows, in] -> [rows, sum of outs]: the named nn.Linear layers side by side, as one MatMul.
 
-        int8: the form it takes in the int8 pass ("row" or "block", export/quantize.py); None = stays float32.
+        int8: the form it takes in the int8 pass ("row", "row-or-none" or "block", export/quantize.py); None = stays float32.
         """
         g = self.graph
         sources = tuple(f"{layer}.weight" for layer in layers)

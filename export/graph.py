@@ -40,7 +40,7 @@ class Graph:
     """One engine's graph under construction.
 
     `weights` maps an initializer's name to its array; `sources` maps it to the checkpoint tensors it was made of;
-    `quantizable` names the MatMul weights that the int8 pass replaces, with their form ("row" or "block", export/quantize.py).
+    `quantizable` names the MatMul weights that the int8 pass replaces, with their form (export/quantize.py).
     """
 
     def __init__(self, name: str):

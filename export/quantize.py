@@ -5,6 +5,7 @@ on which tokens share its pass, or greedy decoding with and without speculation 
 
 "row": weights per output channel, activations per token, one integer product over the whole row.
     m = max |x| of the row;  a = round(127 x / m) + 128 (uint8);  y = (a - 128) @ W_int8 * (column scale / 127) * m
+"row-or-none" is the same for inputs that may have no rows at all (the logits of a pass that wants none).
 A row of zeros gives 0 / 0 = NaN, any finite integers, and y = 0 because m = 0. uint8 x int8 is what x86's VNNI multiplies; CPUs
 without it (AVX2 only) may saturate the products, which the parity check of the export would show.
 
@@ -35,18 +36,21 @@ def quantize(g: Graph) -> None:
         elif g.quantizable[node.input[1]] == "block":
             block_matmul(g, node)
         else:
-            x = node.input[0]
+            x, form = node.input[0], g.quantizable[node.input[1]]
             if x not in rows:
-                rows[x] = quantize_rows(g, x)
+                rows[x] = quantize_rows(g, x, may_be_none=form == "row-or-none")
             row_matmul(g, node, *rows[x])
     for name in g.quantizable:
         del g.weights[name], g.sources[name]
     g.quantizable = {}
 
 
-def quantize_rows(g: Graph, x: str) -> tuple[str, str]:
-    """x [..., K] -> (uint8 [..., K] around 128, m [..., 1])."""
-    m = g.op("ReduceMax", g.op("Abs", x), g.const([-1]), keepdims=1)
+def quantize_rows(g: Graph, x: str, *, may_be_none: bool = False) -> tuple[str, str]:
+    """x [rows, K] -> (uint8 [rows, K] around 128, m [rows, 1])."""
+    if may_be_none:  # of no rows, ONNX Runtime's ReduceMax makes [0, K]; TopK is right, but slow with many
+        m = g.op("TopK", g.op("Abs", x), g.const([1]), out=2, axis=-1)[0]
+    else:
+        m = g.op("ReduceMax", g.op("Abs", x), g.const([-1]), keepdims=1)
     unit = g.op("Div", x, m)  # lies in [-1, 1]
     return g.op("QuantizeLinear", unit, g.const(STEP, "float32"), g.const(ZERO_POINT, "uint8")), m
 

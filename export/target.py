@@ -50,7 +50,7 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
         x = g.op("Add", x, mlp(w, h, f"{layer}.mlp", down_int8=OUTLIERS))
         features[i] = x
     last = rms_norm(w, g.op("Gather", x, logit_rows), "norm", c.rms_norm_eps)
-    w.linear(last, "lm_head", out="logits")
+    w.linear(last, "lm_head", int8="row-or-none", out="logits")
     g.op("Concat", *(features[i] for i in model.layer_ids), out="features", axis=-1)
     g.output("logits", "float32", ("M", c.vocab_size))
     g.output("features", "float32", ("N", len(model.layer_ids) * c.hidden_size))

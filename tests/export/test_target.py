@@ -25,11 +25,12 @@ def graph_of(model: TargetModel, folder, *, int8: bool = False):
     return graph
 
 
-def run(runner: Runner, batch: PackedBatch) -> dict[str, np.ndarray]:
+def run(runner: Runner, batch: PackedBatch, logit_rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     names = ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")
     feeds = {name: getattr(batch, name).numpy() for name in names}
     mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
-    return runner(**feeds, mask=mask, logit_rows=np.arange(batch.token_ids.numel()))
+    rows = np.arange(batch.token_ids.numel()) if logit_rows is None else logit_rows
+    return runner(**feeds, mask=mask, logit_rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,43 @@ def test_logit_rows_select_packed_rows(tmp_path):
     mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
     some = Runner(tmp_path / "graph", graph, 2, C)(**feeds, mask=mask, logit_rows=np.array([4, 2]))["logits"]
     np.testing.assert_array_equal(some, everything[[4, 2]])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_a_pass_may_want_no_logits(tmp_path, int8):
+    """A chunk of a prompt that is not its last: M = 0; the features and the caches are as ever."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", vocab=256), (1,))
+    graph = graph_of(model, tmp_path / "graph", int8=int8)
+    batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
+    runner, other = (Runner(tmp_path / "graph", graph, 2, C) for _ in range(2))
+    want = run(other, batch)
+    got = run(runner, batch, logit_rows=np.zeros(0, np.int64))
+    assert got["logits"].shape == (0, 256)
+    np.testing.assert_array_equal(got["features"], want["features"])
+    for name, cache in runner.caches.items():
+        np.testing.assert_array_equal(cache.numpy(), other.caches[name].numpy())
+
+
+@pytest.mark.parametrize("kv_heads, qk_norm", [(2, False), (4, False), (2, True)])
+def test_grouped_and_separate_slots_agree(tmp_path, kv_heads, qk_norm):
+    """ONNX Runtime's form turns q, k and v together; TensorRT's (and Qwen3's) gathers v apart."""
+    family = "qwen3" if qk_norm else "llama"
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, kv_heads=kv_heads), (1,))
+    batch, results = PackedBatch.build([[1, 2, 3, 9, 7], [4, 5]], [0, 0], C), []
+    graphs = build_target(model, 256), build_target(model, 256, static_cache=C)
+    for folder, graph in zip(("grouped", "separate"), graphs):
+        graph.save(tmp_path / folder)
+        runner = Runner(tmp_path / folder, graph, 2, C)
+        results.append((run(runner, batch), {name: cache.numpy().copy() for name, cache in runner.caches.items()}))
+    gathers = [sum(node.op_type == "Gather" for node in graph.nodes) for graph in graphs]
+    layers = model.config.num_hidden_layers
+    assert gathers[1] - gathers[0] == (0 if qk_norm else 2 * layers)  # v's own, and the one that packs attention's result
+    (a, caches), (b, others) = results
+    np.testing.assert_allclose(a["logits"], b["logits"], atol=1e-5)
+    for name in caches:
+        np.testing.assert_allclose(caches[name], others[name], atol=1e-5)
+    first = "past_key_values.0.value"  # no layer before it: turning by nothing leaves every bit
+    np.testing.assert_array_equal(caches[first], others[first])
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
