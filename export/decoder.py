@@ -51,13 +51,14 @@ def rms_norm(w: Weights, x: str, layer: str, eps: float, out: str | int = 1) -> 
     return w.graph.op("RMSNormalization", x, w.plain(f"{layer}.weight"), out=out, axis=-1, epsilon=eps)
 
 
-def rope_tables(g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: bool = False) -> tuple[str, str, int]:
-    """cos and sin initializers [max_context + slack, D/2] and their length. unturned: one row more, at that position, which
-    leaves a head as it is (cos 1, sin 0)."""
+def rope_tables(
+    g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: int = 0
+) -> tuple[str, str, int]:
+    """cos and sin initializers [max_context + slack, D/2], and how many rows that is. unturned: that many rows more, which
+    leave a head as it is (cos 1, sin 0)."""
     rows = max_context + ROPE_SLACK
     cos, sin = (table.numpy() for table in rope.tables(head_dim, rows))
-    if unturned:
-        cos, sin = np.pad(cos, ((0, 1), (0, 0)), constant_values=1), np.pad(sin, ((0, 1), (0, 0)))
+    cos, sin = np.pad(cos, ((0, unturned), (0, 0)), constant_values=1), np.pad(sin, ((0, unturned), (0, 0)))
     return g.weight("rope.cos", cos), g.weight("rope.sin", sin), rows
 
 

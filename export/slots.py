@@ -14,28 +14,45 @@ import numpy as np
 
 from training.target import DecoderConfig
 
-from .decoder import Weights, attention, group_mask, head_rows, rope_tables
+from .decoder import ROPE_SLACK, Weights, attention, group_mask, head_rows, rope_tables
 from .graph import Graph
+
+ROPE_BYTES = 64 << 20  # the grouped form's rope tables may take this much
+
+
+def fits_grouped(c: DecoderConfig, max_context: int) -> bool:
+    """Whether a model may take GroupedSlots: no norm of q and k per head, and rope tables of a decent size."""
+    rows = (group_size(c) + 2) * (max_context + ROPE_SLACK)
+    return not c.qk_norm and rows * c.head_dim * 4 <= ROPE_BYTES
+
+
+def group_size(c: DecoderConfig) -> int:
+    """Query slots a key-value head: at least 2, for the reason given in decoder.attention."""
+    return max(c.num_attention_heads // c.num_key_value_heads, 2)
 
 
 class GroupedSlots:
     """One Gather, one RotaryEmbedding, one Split: the query heads of a group, then its key, then its value, side by side
     as slots of one head [R, H_kv, (G + 2) * Q, D]. The value's slots are positioned at a row of the rope tables that
-    turns nothing (x * 1 - y * 0). ONNX Runtime's form; not for models that normalise q and k per head."""
+    turns nothing (x * 1 - y * 0). ONNX Runtime's form, where fits_grouped; its RotaryEmbedding wants tables that are no
+    shorter than its (G + 2) * Q slots, so they are padded with such rows."""
 
-    def __init__(self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str):
+    def __init__(
+        self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str
+    ):
         self.graph, self.config = g, c
         H, KV, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         queries = np.arange(H).reshape(KV, -1)
+        G = group_size(c)
         if H == KV:
-            queries = np.tile(queries, 2)  # twice, for the reason given in decoder.attention
-        G = queries.shape[1]
+            queries = np.tile(queries, G)
         kv = np.arange(KV)[:, None]
         heads = np.concatenate([queries, H + kv, H + KV + kv], axis=1)  # [H_kv, G + 2]
         rows = g.op("Mul", g.op("Unsqueeze", pad_index, g.const([1, 2])), g.const(H + 2 * KV))
         rows = g.op("Add", rows, g.const(heads[None, :, :, None]))
         self.rows = g.reshape(rows, 0, KV, -1)
-        self.cos, self.sin, unturned = rope_tables(g, c.rope, D, max_context, unturned=True)
+        spare = (G + 1) * (max_context + ROPE_SLACK)
+        self.cos, self.sin, unturned = rope_tables(g, c.rope, D, max_context, unturned=spare)
         still = g.op("Add", g.op("Mul", position_ids, g.const(0)), g.const(unturned))
         self.positions = g.op("Concat", *[position_ids] * (G + 1), still, axis=1)
         Q = g.op("Shape", pad_index, start=1, end=2)
@@ -70,9 +87,11 @@ class GroupedSlots:
 
 
 class SeparateSlots:
-    """q and k together [R, H + H_kv, Q, D], v apart: TensorRT's form, and that of models that normalise q and k per head."""
+    """q and k together [R, H + H_kv, Q, D], v apart: TensorRT's form, and that of models that do not fit the grouped one."""
 
-    def __init__(self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str):
+    def __init__(
+        self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str
+    ):
         self.graph, self.config, self.positions = g, c, position_ids
         H, KV = c.num_attention_heads, c.num_key_value_heads
         self.cos, self.sin, _ = rope_tables(g, c.rope, c.head_dim, max_context)

@@ -11,7 +11,7 @@ from training.target import TargetModel
 
 from .decoder import Weights, cache_write, mlp, rms_norm
 from .graph import Graph
-from .slots import GroupedSlots, SeparateSlots
+from .slots import GroupedSlots, SeparateSlots, fits_grouped
 
 # int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too coarse.
 OUTLIERS = "block"
@@ -32,7 +32,7 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
     write_index = g.input("write_index", "int64", ("R",))
     mask = g.input("mask", "float32", ("R", 1, "Q", "C"))
     logit_rows = g.input("logit_rows", "int64", ("M",))
-    form = SeparateSlots if static_cache is not None or c.qk_norm else GroupedSlots
+    form = GroupedSlots if static_cache is None and fits_grouped(c, max_context) else SeparateSlots
     slots = form(g, c, max_context, pad_index, pack_index, position_ids, mask)
 
     x = g.op("Gather", w.plain("embed_tokens.weight"), token_ids)

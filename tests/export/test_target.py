@@ -39,6 +39,7 @@ def run(runner: Runner, batch: PackedBatch, logit_rows: np.ndarray | None = None
         ("llama", {}, (0, 2)),
         ("llama", {"tied": True, "bias": True}, (-1, 1)),
         ("llama", {"kv_heads": 4}, (2,)),
+        ("llama", {"kv_heads": 1}, (2,)),
         ("qwen3", {}, (-1, 0, 1, 2)),
         ("qwen3", {"tied": True, "bias": True}, (1,)),
     ],
@@ -82,6 +83,17 @@ def test_a_pass_may_want_no_logits(tmp_path, int8):
     np.testing.assert_array_equal(got["features"], want["features"])
     for name, cache in runner.caches.items():
         np.testing.assert_array_equal(cache.numpy(), other.caches[name].numpy())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_pass_may_fill_the_context(tmp_path, kv_heads):
+    """As many slots as the bundle's max_context and the room past it: ONNX Runtime's RotaryEmbedding checks its tables."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", kv_heads=kv_heads), (1,))
+    tokens = np.random.default_rng(0).integers(0, 64, 256).tolist()
+    batch = PackedBatch.build([tokens], [0], 256)
+    got = run(Runner(tmp_path / "graph", graph_of(model, tmp_path / "graph"), 1, 256), batch)
+    want = model(batch, torch.arange(256), model.new_caches(1, 256))
+    np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("kv_heads, qk_norm", [(2, False), (4, False), (2, True)])
