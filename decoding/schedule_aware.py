@@ -22,7 +22,7 @@ from engines.sps import STEP, Sps
 
 from .schedule import RoundLoad, RoundState, Scheduler
 
-POOL = 24  # past blocks that a budget is searched on, at least
+POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
 PATIENCE = 0.3  # rounds' worth of loss until the draft is skipped
 HIGH = 1.02  # gain over plain decoding from which it is taken up again
 PROBE = 2  # requests that a probe drafts for
@@ -160,7 +160,7 @@ class Lagged(LoadAware):
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds, never over COST of the time). A table that is wrong is corrected by what rounds really take, which
+    LONGEST_WAIT rounds, never over COST of the time), and soon again after one whose blocks would have paid. A table that is wrong is corrected by what rounds really take, which
     needs a plain round now and then while the draft pays.
     """
 
@@ -175,9 +175,10 @@ class Lagged(LoadAware):
         self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
         self._promised = 0.0
         self._found: tuple | None = None  # the last search and its load
+        self.probing = False
 
     def idle(self) -> None:
-        self._last, self._wait, self._since = None, FIRST_WAIT, FIRST_WAIT
+        self._last = None
 
     # -- whether to draft --------------------------------------------------------------------------------------------
 
@@ -218,6 +219,12 @@ class Lagged(LoadAware):
         rows = load.requests + load.plain
         self.expect(False, None if load.prefill else float(self.sps.curve(rows, rows, load.context)[rows]))
 
+    def _pays(self, ordered: ndarray, state: RoundState) -> bool:
+        """Whether these blocks, if all requests had such ones, would beat plain decoding."""
+        R = len(state.confidence)
+        costs, plain_ms = self.costs(R, 0, 0, float(state.context.mean()), len(ordered))
+        return bool(((R + np.cumsum(ordered)) / costs[1:]).max() * plain_ms > HIGH * R)
+
     def _search(self, R: int, plain: int, prefill: int, context: float) -> tuple[float, float, float, ndarray]:
         """(best expected Theta over the plain round's, that Theta per unit of survival, its budget B, costs [R*G + 1])."""
         key = R, plain, prefill, int(context / STEP + 0.5)
@@ -249,6 +256,8 @@ class Lagged(LoadAware):
             _, theta, budget, costs = self._search(R, state.plain, state.prefill, context)
             K = affordable(ordered, theta, budget, costs)
         K = min(K, state.room)
+        if self.probing and self._pays(ordered, state):
+            self._wait = FIRST_WAIT  # look again soon: the next probes tell luck from a change of traffic
         self._promised = float(ordered[:K].sum())
         self.expect(True, None if state.prefill else float(costs[K]) / self.speed[True])
         self._remember(ordered)
@@ -259,7 +268,8 @@ class Lagged(LoadAware):
             G = self._G
             self._pool.append(self._last)
             self._pooled += len(self._last) // G
-            while self._pooled - len(self._pool[0]) // G >= POOL:
+            most = POOL_OF_PROBES if self._skipping else POOL
+            while self._pooled - len(self._pool[0]) // G >= most:
                 self._pooled -= len(self._pool.popleft()) // G
             merged = self._pool[0] if len(self._pool) == 1 else descending(np.concatenate(self._pool))
             self._gained = np.zeros(len(merged) + 1)
