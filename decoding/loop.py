@@ -190,7 +190,7 @@ class Loop:
             self._twins.drafted()
             self.scheduler.observe(draft.num_draft[draft.drafted], accepted[draft.drafted])
         if tokens == int(decode.sum()) + (int(draft.num_draft.sum()) if draft is not None else 0):  # no prompt in it
-            self.scheduler.timed(1e3 * spent.draft, 1e3 * (spent.target + spent.verify))
+            self.scheduler.timed(1e3 * spent.draft, 1e3 * (perf_counter() - started - spent.draft))  # the host's part too
         if not self.observers:
             return
         none = np.zeros(len(decode), np.int64)

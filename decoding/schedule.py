@@ -77,8 +77,8 @@ class Scheduler:
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
         """verified [R], accepted [R] of the round that `lengths` was asked about, in its order."""
 
-    def timed(self, draft_ms: float, target_ms: float) -> None:
-        """What a step without prompt tokens took: the draft's engines (0 without a draft), target and verify."""
+    def timed(self, draft_ms: float, rest_ms: float) -> None:
+        """What a step without prompt tokens took: the draft's engines (0 without a draft), and all the rest of the step."""
 
     def idle(self) -> None:
         """The loop has run empty: what the last rounds showed says nothing about the next request."""

@@ -114,14 +114,14 @@ class LoadAware(Scheduler):
         """What the table says about this round, for `timed`; None: nothing to compare with."""
         self._predicted = None if ms is None else (drafted, ms)
 
-    def timed(self, draft_ms: float, target_ms: float) -> None:
+    def timed(self, draft_ms: float, rest_ms: float) -> None:
         if self._predicted is None:
             return
         (drafted, ms), self._predicted = self._predicted, None
         if drafted != (draft_ms > 0):
             return
         again, self._timed = drafted == self._timed, drafted
-        error = math.log(max(draft_ms + target_ms, 1e-9) / (ms * self.speed[drafted]))
+        error = math.log(max(draft_ms + rest_ms, 1e-9) / (ms * self.speed[drafted]))
         self._rare[drafted] += not again
         error = min(max(error, -0.7), 0.7) * (SLOW if again else max(1.0 / (1 + self._rare[drafted]), RARE))
         self._correct(drafted, error)
@@ -175,7 +175,7 @@ class Lagged(LoadAware):
         self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
         self._promised = 0.0
         self._found: tuple | None = None  # the last search and its load
-        self.probing = False
+        self.probing = self._paused = False
 
     def idle(self) -> None:
         self._last = None
@@ -183,7 +183,7 @@ class Lagged(LoadAware):
     # -- whether to draft --------------------------------------------------------------------------------------------
 
     def draft(self, load: RoundLoad) -> int:
-        R, self.probing = load.requests, False
+        R, self.probing, self._paused = load.requests, False, self._skipping
         self.expect(True, None)
         self._found = None
         if not R or self._gained is None:
@@ -223,7 +223,7 @@ class Lagged(LoadAware):
         """Whether these blocks, if all requests had such ones, would beat plain decoding."""
         R = len(state.confidence)
         costs, plain_ms = self.costs(R, 0, 0, float(state.context.mean()), len(ordered))
-        return bool(((R + np.cumsum(ordered)) / costs[1:]).max() * plain_ms > HIGH * R)
+        return float(((R + np.cumsum(ordered)) / costs[1:]).max()) * plain_ms > HIGH * R
 
     def _search(self, R: int, plain: int, prefill: int, context: float) -> tuple[float, float, float, ndarray]:
         """(best expected Theta over the plain round's, that Theta per unit of survival, its budget B, costs [R*G + 1])."""
@@ -259,7 +259,9 @@ class Lagged(LoadAware):
         if self.probing and self._pays(ordered, state):
             self._wait = FIRST_WAIT  # look again soon: the next probes tell luck from a change of traffic
         self._promised = float(ordered[:K].sum())
-        self.expect(True, None if state.prefill else float(costs[K]) / self.speed[True])
+        # After a pause the draft has context to catch up with, which the table knows nothing of.
+        unlike = state.prefill or self.probing or self._paused
+        self.expect(True, None if unlike else float(costs[K]) / self.speed[True])
         self._remember(ordered)
         return top_k(survival, K, ordered)
 
