@@ -49,6 +49,15 @@ def bench_sections(make: Callable[[list[dict]], str]) -> Callable[[list[Path]], 
     return section_of
 
 
+def grpc_section(files: list[Path]) -> str:
+    """The newest of the files that has gRPC rows: they may come from a run of their own (`--out build/bench-grpc.json`)."""
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        rows, meta = cells.read(file)
+        if any(r["path"] == "grpc" for r in rows):
+            return f"{bench_origin(rows, meta)}\n\n{judged(findings.grpc(rows))}"
+    return ""
+
+
 def bench_origin(rows: list[dict], meta: dict) -> str:
     """The runs that the rows come from."""
     bundle, runs = meta.get("bundle"), [meta["runs"][name] for name in dict.fromkeys(r["run"] for r in rows)]
@@ -69,7 +78,8 @@ def throughput(rows: list[dict]) -> str:
 
 def in_short(rows: list[dict]) -> str:
     picture = "![tok/s of one user against tok/s of all users](docs/images/pareto.png)"
-    return f"{picture}\n\n{findings.short(rows)}\n\n{findings.claim(rows)[0]}\n{findings.grpc(rows)[0]}"
+    served = f"\n{findings.grpc(rows)[0]}" if any(r.get("grpc_ratio") for r in rows) else ""
+    return f"{picture}\n\n{findings.short(rows)}\n\n{findings.claim(rows)[0]}{served}"
 
 
 def judged(said_and_table: tuple[str, str]) -> str:
@@ -200,7 +210,7 @@ SECTIONS = {  # page: {section: (result files in build/, files -> section; "" le
         "acceptance": ("acceptance.json", from_json(acceptance_section)),
         "bench": ("bench.json", bench_sections(throughput)),
         "claim": ("bench.json", bench_sections(lambda rows: judged(findings.claim(rows)))),
-        "grpc": ("bench.json", bench_sections(lambda rows: judged(findings.grpc(rows)))),
+        "grpc": ("bench*.json", grpc_section),
         "scheduling": ("scheduling.json", from_json(with_origin(findings.scheduling))),
         "calibration": ("calibration/*.json", from_json(with_origin(findings.calibration))),
         "accept": ("acceptance*.json", from_all(accept_section)),

@@ -160,7 +160,8 @@ class Drafter:
         lengths = np.array([s.draft_length for s in members], np.int64)
         anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(members, drafted)], np.int64)
         longest = max(s.target_length for s in rows) + self.G + 1
-        self.engines.ensure_capacity(len(rows), max(int((lengths + counts).max()) + self.G, longest))
+        # Every row is padded to the widest one's slots, and padded slots are written too.
+        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + self.G, longest))
         pieces = [s.pending for s in members]
         capacity = self.engines.draft_capacity
         batch = pack_backbone(pieces, counts, lengths, anchors, self.G, capacity, self.max_context, first)

@@ -25,6 +25,7 @@ Profile = Annotated[str, typer.Option(help="Measure step times at the start: nev
 MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
 TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]
+ResponseMs = Annotated[int, typer.Option(help="Least ms between two responses of a request; 0: one a round.")]
 
 
 @app.command("build")
@@ -38,10 +39,12 @@ def build_command(
     max_requests: MaxRequests = 16,
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
+    response_ms: ResponseMs = 50,
 ) -> None:
     """Write a model repository for any tritonserver with the python backend."""
     with _sentences():
-        print(build(bundle, out, Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads)))
+        values = (schedule, threshold, accept, profile, max_requests, token_budget, threads, response_ms)
+        print(build(bundle, out, Settings(*values)))
 
 
 @app.command()
@@ -54,6 +57,7 @@ def serve(
     max_requests: MaxRequests = 16,
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
+    response_ms: ResponseMs = 50,
     http_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8002,
@@ -64,7 +68,7 @@ def serve(
 ) -> None:
     """Serve a bundle on an embedded tritonserver until Ctrl-C; a dead model is found and the server started again."""
     with _sentences():
-        settings = Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads)
+        settings = Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads, response_ms)
         ports = Ports(http_port, grpc_port, metrics_port)
         server = TritonServer(bundle, settings=settings, ports=ports, address=address, drain_timeout=drain_timeout)
         for number in (signal.SIGINT, signal.SIGTERM):

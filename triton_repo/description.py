@@ -125,7 +125,9 @@ ENGINE = Model(
     ),
     answers=(Tensor("active_requests", "INT32"), Tensor("waiting_requests", "INT32")),
     decoupled=True,
-    parameters=("bundle", "schedule", "threshold", "accept", "profile", "max_requests", "token_budget", "threads"),
+    parameters=(
+        "bundle", "schedule", "threshold", "accept", "profile", "max_requests", "token_budget", "threads", "response_ms"
+    ),  # fmt: skip
 )
 
 POSTPROCESSING = Model(

@@ -52,7 +52,8 @@ def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, sa
         engines.close()
         ledger.close()
 
-    return Service(make_loop, block_size=block_size, observer=metrics, progress=ledger, on_close=close)
+    interval = settings.response_ms / 1e3
+    return Service(make_loop, block_size=block_size, observer=metrics, progress=ledger, interval=interval, on_close=close)
 
 
 def speed_table(engines, settings: Settings, say: Callable[[str], None]):

@@ -29,7 +29,8 @@ class Settings:
     nothing more is verified; accept: rule of requests that name none; profile: when the server measures the SPS
     table at its start that `causal` and `lagged` need (never: a missing or foreign one is an error; missing:
     then; always); max_requests: requests decoded together; token_budget: tokens a round; threads: of the engines
-    (0 = they choose).
+    (0 = they choose); response_ms: least milliseconds between two responses of a request (0 = one a round; the first
+    and the last tokens never wait).
     """
 
     schedule: str = "lagged"
@@ -39,6 +40,7 @@ class Settings:
     max_requests: int = 16
     token_budget: int = 512
     threads: int = 0
+    response_ms: int = 50
 
     def __post_init__(self) -> None:
         for name, known in (("schedule", SCHEDULES), ("accept", ACCEPT_RULES), ("profile", PROFILES)):
@@ -53,6 +55,8 @@ class Settings:
             raise ValueError(f"token_budget is {self.token_budget}; it must be 1 or more.")
         if self.threads < 0:
             raise ValueError(f"threads is {self.threads}; it must be 0 (the engines choose) or more.")
+        if not 0 <= self.response_ms <= 10_000:
+            raise ValueError(f"response_ms is {self.response_ms}; it must lie in 0..10000 (0 = a response a round).")
 
     @property
     def needs_table(self) -> bool:

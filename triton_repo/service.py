@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.25
 WINDOW = 4  # rounds of one request on their way to postprocessing; what comes meanwhile goes out as one
+SHORT_WAIT, LONG_WAIT = 0.005, 0.1  # seconds between two looks of the sender: with something held back, with nothing
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class _Tally:
     drafted: int = 0
     heard: float = field(default_factory=time.monotonic)
     last_token: float | None = None
-    held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up
+    sent: float = float("-inf")  # when the last response with tokens went out, monotonic seconds
+    held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up, or for their time
     held_log_probs: list[float] = field(default_factory=list)
     held_reason: str | None = None  # None: nothing is held
 
@@ -126,7 +128,9 @@ class Service:
     make_loop(observer) -> decoding Loop that shows its rounds to `observer` as well; called again after a round failed,
     since the failed loop's state is unknown.
     block_size: G of the draft. progress: for requests that go on to postprocessing (those with settings); they keep at
-    most WINDOW rounds under way. on_close: called by close() when both threads have ended.
+    most WINDOW rounds under way. interval: least seconds between two responses of a request (its first and its last
+    tokens never wait): a response costs four processes some CPU each, which the rounds want too.
+    on_close: called by close() when both threads have ended.
     """
 
     def __init__(
@@ -136,10 +140,11 @@ class Service:
         block_size: int,
         observer: Observer | None = None,
         progress: Progress | None = None,
+        interval: float = 0.0,
         on_close: Callable[[], None] = lambda: None,
     ):
         self._make_loop, self._block_size, self._observer = make_loop, block_size, observer
-        self._progress, self._on_close = progress, on_close
+        self._progress, self._on_close, self._interval = progress, on_close, interval
         self._traces, self._probes = Traces(), 0
         self._loop = make_loop(self._traces)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
@@ -262,12 +267,12 @@ class Service:
             self._catch_up(tallies)
             self._heartbeat(tallies)
 
-    @staticmethod
-    def _patience(tallies: dict[int, _Tally]) -> float | None:
+    def _patience(self, tallies: dict[int, _Tally]) -> float | None:
         """Seconds to wait for news: for ever with nobody to answer."""
         if not tallies:
             return None
-        return 0.005 if any(t.held_reason is not None for t in tallies.values()) else 0.1
+        due = [t.sent + self._interval for t in tallies.values() if t.held_reason is not None]
+        return min(max(min(due) - time.monotonic(), SHORT_WAIT), LONG_WAIT) if due else LONG_WAIT
 
     def _news(self, wait: float | None) -> list[tuple]:
         """All that the engine thread has said, after waiting for it up to `wait` seconds."""
@@ -325,9 +330,12 @@ class Service:
             self._observe("ended", output.finish_reason)
 
     def _catch_up(self, tallies: dict[int, _Tally]) -> None:
-        """Sends what is held for the requests whose earlier rounds have been handled."""
+        """Sends what is held for the requests whose earlier rounds have been handled, and whose time has come."""
+        now = time.monotonic()
         for uid, tally in list(tallies.items()):
             if tally.held_reason is None or self._under_way(uid, tally) >= WINDOW:
+                continue
+            if not tally.held_reason and now < tally.sent + self._interval:
                 continue
             reason = tally.held_reason
             self._respond(uid, tally, reason)
@@ -352,9 +360,11 @@ class Service:
             log_probs=tally.held_log_probs,
             settings=tally.settings if tally.index == 0 else "",
         )
+        tally.heard = time.monotonic()
+        if tally.held:
+            tally.sent = tally.heard
         tally.held, tally.held_log_probs, tally.held_reason = [], [], None
         tally.index += 1
-        tally.heard = time.monotonic()
         self._guard(tally.sink.send, response, final=bool(finish_reason))
         if finish_reason:
             self._forget(uid)

@@ -188,3 +188,50 @@ def test_twins_get_numbers_only_where_one_may_steer_the_other(tiny, name):
     loop.add(Request("later", (1, 2, 3), SamplingParams(12, temperature=1.0, seed=7, ignore_eos=True)))
     loop.step()
     assert (loop._rows[0].twin > 0) is (name == "lagged")  # the pool still remembers the others
+
+
+class Pause(Fixed):
+    """Drafts in the steps before `first` and from `last` on."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.first, self.last, self.steps = first, last, 0
+
+    def draft(self, load):
+        self.steps += 1
+        return 0 if self.first <= self.steps < self.last else load.requests
+
+
+class Exact:
+    """The real engines, where a pass may write no further than the loop asked for."""
+
+    def __init__(self, engines):
+        self.engines, self.length = engines, 0
+
+    def __getattr__(self, name):
+        return getattr(self.engines, name)
+
+    def ensure_capacity(self, rows, length):
+        self.length = length
+        self.engines.ensure_capacity(rows, length)
+
+    def target(self, batch):
+        assert batch.write_index.max() + batch.pad_index.shape[1] <= self.length
+        return self.engines.target(batch)
+
+    def backbone(self, batch):
+        assert batch.write_index.max() + batch.pad_index.shape[1] <= self.length
+        return self.engines.backbone(batch)
+
+
+def test_every_row_has_room_for_the_widest_ones_slots(tiny):
+    """Padded slots are written too: a long cache beside much waiting context needs the sum of both."""
+    loop, got = Loop(Exact(tiny), Pause(4, 40), max_requests=2), {}
+    loop.add(Request(0, (3,) * 58, SamplingParams(90, ignore_eos=True)))
+    loop.step()
+    loop.step()
+    loop.add(Request(1, (4,) * 20, SamplingParams(90, ignore_eos=True)))
+    while loop.has_work:
+        for output in loop.step():
+            got[output.request_id] = output
+    assert [got[i].finish_reason for i in (0, 1)] == ["length", "length"], got

@@ -142,7 +142,7 @@ SHARED = Shared()
 def tiny_server(bundle: Path, build_dir: Path, **settings) -> TritonServer:
     """Free ports, one thread, four slots, blocks of fixed length (a seed then fixes a rejection request's text)."""
     said: list[str] = []
-    settings = Settings(**{"threads": 1, "max_requests": SLOTS, "schedule": "fixed", **settings})
+    settings = Settings(**{"threads": 1, "max_requests": SLOTS, "schedule": "fixed", "response_ms": 0, **settings})
     server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), build_dir=build_dir, say=said.append)
     server.said = said
     return server

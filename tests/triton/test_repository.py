@@ -78,6 +78,7 @@ def test_models_are_plain_python_3_10():
         ({"threshold": 1.5}, "threshold is 1.5; it must lie in 0..1."),
         ({"max_requests": 0}, "max_requests is 0; it must be 1 or more."),
         ({"token_budget": 0}, "token_budget is 0; it must be 1 or more."),
+        ({"response_ms": -1}, "response_ms is -1; it must lie in 0..10000 (0 = a response a round)."),
         ({"threads": -1}, "threads is -1; it must be 0 (the engines choose) or more."),
     ],
 )

@@ -104,6 +104,16 @@ def test_one_response_a_round_in_order(service, spies):
     assert sent[-1].total_draft_tokens == 4 * sent[-1].num_rounds
 
 
+def test_an_interval_holds_back_all_but_the_first_and_the_last_tokens(service):
+    often, seldom = Sink(), Sink()
+    service().submit(IDS, params(60, speculative=False), often)
+    service(interval=1000.0).submit(IDS, params(60, speculative=False), seldom)
+    assert often.over.wait(60) and seldom.over.wait(60)
+    assert seldom.ids == often.ids and len(seldom.ids) == 60
+    first, last = [r for r in seldom.rounds if len(r.output_ids)]
+    assert len(first.output_ids) == 1 and last.num_rounds == 59 and last.finish_reason == "length"
+
+
 def test_stop_frees_the_row_within_a_round(service, spies):
     each = service()
     sink, other = Sink(), Sink()
