@@ -160,8 +160,8 @@ class Lagged(LoadAware):
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds, never over COST of the time), and soon again after one whose blocks would have paid. A table that is wrong is corrected by what rounds really take, which
-    needs a plain round now and then while the draft pays.
+    LONGEST_WAIT rounds, never over COST of the time), and soon again after one whose blocks would have paid. A table that
+    is wrong is corrected by what rounds really take, which needs a plain round now and then while the draft pays.
     """
 
     def __init__(self, sps: Sps):
