@@ -105,7 +105,7 @@ def over_grpc(
         before = phases(server.metrics_url)
         done = steady(server.grpc_url, items[kind], plan, speculative=mode != "none")
         settle(server.grpc_url)
-        return done | {"host_share": host_share(before, phases(server.metrics_url))}
+        return done | {"host_share": host_share(before, phases(server.metrics_url, before))}
 
     return runner
 

@@ -116,15 +116,28 @@ def _answer(client: Client, items: Sequence[Item], window: Window, plan: Plan, s
 
 
 def settle(url: str) -> None:
-    """Waits until the server has let go of what a window cut off and has handed on its counters (every 0.1 s)."""
+    """Waits until the server has let go of what a window cut off."""
     until = time.monotonic() + SETTLE_SECONDS
     while control.counts(url)[0] and time.monotonic() < until:
         time.sleep(0.02)
-    time.sleep(0.15)
 
 
-def phases(metrics_url: str) -> dict[str, float]:
-    """Seconds of the server's rounds so far by phase: draft, schedule, target, verify, host."""
+def phases(metrics_url: str, after: dict[str, float] | None = None) -> dict[str, float]:
+    """Seconds of the server's rounds so far by phase: draft, schedule, target, verify, host.
+
+    after: an earlier reading. The page lags behind the rounds (0.1 s, more on a busy machine): with it, read until the
+    counters have moved on from there and stand still, for at most SETTLE_SECONDS.
+    """
+    found, until = _phases(metrics_url), time.monotonic() + SETTLE_SECONDS
+    while after is not None and time.monotonic() < until:
+        time.sleep(0.15)
+        last, found = found, _phases(metrics_url)
+        if last == found and found != after:
+            break
+    return found
+
+
+def _phases(metrics_url: str) -> dict[str, float]:
     page = control.metrics(metrics_url)
     found = ((re.search(r'^dspark_phase_seconds_total{.*phase="(\w+)"', name), s) for name, s in page.items())
     return {match[1]: seconds for match, seconds in found if match}
