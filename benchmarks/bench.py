@@ -2,9 +2,11 @@
 
 Knows: which runs are compared and in which order. Refuses to know: how a request is decoded or sent.
 
-A group is one kind of prompt at one number of users. Its modes take turns, a few seconds each (and so do the two paths of
-a mode), in an order that rotates with every repeat: a slow minute of the machine hits all of them. Each mode is
-warmed up first; that run also says how many tokens make `--seconds`, the same number for every mode.
+A group is one kind of prompt at one number of users. In process every mode has engines and a loop of its own, which take
+short turns (a twelfth of a window): a slow second of the machine hits all modes alike. Over gRPC, where a server cannot be
+stopped between two turns, the modes' windows follow each other, in an order that rotates with every repeat, next to the
+window of the loops in process. Each mode is warmed up first; that run also says how many tokens make `--seconds`, the
+same number for every mode.
 """
 
 from __future__ import annotations
@@ -54,31 +56,37 @@ LEGEND = (
     "gRPC: of the server's, with the start of the load)."
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Runner = Callable[[str, str, Plan], dict]  # (mode, kind, plan) -> what a window measured
+Runner = Callable[[Sequence[str], str, Plan], list[dict]]  # (modes, kind, plan) -> what their windows measured
 
 
 def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def in_process(bundle: Path, items: dict[str, list[Item]], threshold: float, stack: ExitStack) -> Runner:
-    """Engines in this process. A mode keeps its scheduler through a group, as a server does."""
+def in_process(
+    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, stack: ExitStack
+) -> Runner:
+    """Engines in this process, of every mode its own. A mode keeps its scheduler through a group, as a server does."""
     import engines
 
     from decoding.schedule import for_engines
 
-    from .inprocess import steady
+    from .inprocess import Lane, together
 
-    opened = engines.load(bundle)
-    stack.callback(opened.close)
+    opened = {mode: engines.load(bundle) for mode in modes}
+    for own in opened.values():
+        stack.callback(own.close)
     prompts = {kind: encode(bundle, chosen) for kind, chosen in items.items()}
     schedulers: dict[tuple, object] = {}
 
-    def runner(mode: str, kind: str, plan: Plan) -> dict:
-        group = (mode, kind, plan.concurrency)
-        if group not in schedulers:
-            schedulers[group] = for_engines(opened, mode, threshold)
-        return steady(opened, schedulers[group], prompts[kind], plan)
+    def runner(modes: Sequence[str], kind: str, plan: Plan) -> list[dict]:
+        lanes = []
+        for mode in modes:
+            group = (mode, kind, plan.concurrency)
+            if group not in schedulers:
+                schedulers[group] = for_engines(opened[mode], mode, threshold)
+            lanes.append(Lane(opened[mode], schedulers[group], prompts[kind], plan))
+        return together(lanes)
 
     return runner
 
@@ -100,26 +108,26 @@ def over_grpc(
         servers[mode] = stack.enter_context(server)
     servers.setdefault("none", next(iter(servers.values())))
 
-    def runner(mode: str, kind: str, plan: Plan) -> dict:
+    def window(mode: str, kind: str, plan: Plan) -> dict:
         server = servers[mode]
         before = phases(server.metrics_url)
         done = steady(server.grpc_url, items[kind], plan, speculative=mode != "none")
         settle(server.grpc_url)
         return done | {"host_share": host_share(before, phases(server.metrics_url, before))}
 
-    return runner
+    return lambda modes, kind, plan: [window(mode, kind, plan) for mode in modes]
 
 
 def at_url(url: str, items: dict[str, list[Item]]) -> Runner:
     """Any running server: `none` asks it not to draft, the other mode is whatever it was started with."""
     from .remote import settle, steady
 
-    def runner(mode: str, kind: str, plan: Plan) -> dict:
+    def window(mode: str, kind: str, plan: Plan) -> dict:
         done = steady(url, items[kind], plan, speculative=mode != "none")
         settle(url)
         return done
 
-    return runner
+    return lambda modes, kind, plan: [window(mode, kind, plan) for mode in modes]
 
 
 def measure(
@@ -131,22 +139,19 @@ def measure(
     prompts: int,
     repeats: int,
     seconds: float,
-    say=lambda mode, path, window: None,
 ) -> list[dict]:
     """The rows of one group. runners: by path; plan.tokens is ignored; repeat r starts at another of the `prompts`."""
     found: dict[tuple, list[dict]] = {(mode, path): [] for mode in modes for path in runners}
     warm = change(plan, tokens=WARM_TOKENS * plan.concurrency + 24)
-    rates = [runners[path](mode, kind, warm)["total_tok_s"] for mode in modes for path in runners]
+    rates = [window["total_tok_s"] for runner in runners.values() for window in runner(modes, kind, warm)]
     # Every user is to come far enough that answers end and begin in the window.
     tokens = max(round(seconds * median(rates)), 32 + 8 * plan.concurrency)
     for r in range(repeats):
         turn = [*modes[r % len(modes) :], *modes[: r % len(modes)]]
         chosen = change(plan, tokens=tokens, first=plan.first + r * prompts // repeats, seed=plan.seed + 1000 * r)
-        for mode in turn:
-            for path in list(runners)[:: -1 if r % 2 else 1]:
-                window = runners[path](mode, kind, chosen)
+        for path in list(runners)[:: -1 if r % 2 else 1]:
+            for mode, window in zip(turn, runners[path](turn, kind, chosen)):
                 found[mode, path].append(window)
-                say(mode, path, window)
     cell = {"kind": kind, "concurrency": plan.concurrency, "temperature": plan.temperature}
     return [make_row({"mode": mode, **cell, "path": path}, windows) for (mode, path), windows in found.items()]
 
@@ -251,7 +256,7 @@ def main(
             runners: dict[str, Runner] = {}
             with console.status("opening the engines"):
                 if "in_process" in wanted:
-                    runners["in_process"] = in_process(bundle, items, threshold, stack)
+                    runners["in_process"] = in_process(bundle, items, names, threshold, stack)
                 served = [level for level in levels if "grpc" in wanted and level in grpc_levels]
                 if served and url:
                     runners["grpc"] = at_url(url, items)

@@ -88,14 +88,14 @@ def host(
     opened, prompts: Sequence[Sequence[int]], modes: Sequence[str], requests: int, tokens: int, repeats: int
 ) -> list[dict]:
     """A row a mode: medians over interleaved windows of the round's time and of what the engines leave of it."""
-    from .inprocess import steady
+    from .inprocess import Lane, together
 
     schedulers = {mode: for_engines(opened, mode) for mode in modes}
     found: dict[str, list[dict]] = {mode: [] for mode in modes}
     for r in range(repeats + 1):
         for mode, scheduler in schedulers.items():
             plan = Plan(requests, tokens if r else max(1, tokens // 4), first=r * len(prompts) // (repeats + 1))
-            window = steady(opened, scheduler, prompts, plan)
+            (window,) = together([Lane(opened, scheduler, prompts, plan)])
             if r:  # the first is the warm-up
                 found[mode].append(window)
     return [

@@ -64,7 +64,7 @@ class Window:
         self.acceptance, self.undrafted = Acceptance(), 0
         self._requests: list[_Request] = []
         self._missing = plan.concurrency  # users without a first token
-        self._left = plan.tokens
+        self.tokens = 0  # inside
         self._lock = threading.Lock()
 
     def submit(self, now: float) -> int:
@@ -86,8 +86,8 @@ class Window:
                 return False
             inside = now > self.opened and (self.closed is None or now <= self.closed)
             if inside:
-                self._left -= tokens
-                if self._left <= 0 and self.closed is None:
+                self.tokens += tokens
+                if self.tokens >= self.plan.tokens and self.closed is None:
                     self.closed = now
             return inside
 
@@ -104,9 +104,8 @@ class Window:
         gives n values gap / n); acceptance_length, verified_per_round, rejected_share; tokens, seconds.
         None where nothing was seen.
         """
-        spans, tokens = [], 0
+        spans = []
         for r in self._requests:
-            tokens += sum(n for t, n in r.arrivals if self.opened < t <= self.closed)
             pairs = zip(r.arrivals, r.arrivals[1:])
             spans += [(b - a, n) for (a, _), (b, n) in pairs if self.opened <= a and b <= self.closed]
         gaps, counts = np.array([g for g, _ in spans]), np.array([n for _, n in spans], np.int64)
@@ -115,7 +114,7 @@ class Window:
         inside = [r for r in first if r.submitted >= self.opened] or first
         seconds, a = self.closed - self.opened, self.acceptance
         return {
-            "total_tok_s": tokens / seconds,
+            "total_tok_s": self.tokens / seconds,
             "user_tok_s": float(counts.sum() / gaps.sum()) if spans else None,
             "ttft_ms": 1e3 * float(np.median([r.arrivals[0][0] - r.submitted for r in inside])),
             "itl_ms": _ms(each, 50),
@@ -123,7 +122,7 @@ class Window:
             "acceptance_length": a.length,
             "verified_per_round": a.verified / a.rounds if a.rounds else 0.0,
             "rejected_share": 1 - a.accepted / a.verified if a.verified else 0.0,
-            "tokens": tokens,
+            "tokens": self.tokens,
             "seconds": seconds,
         }
 

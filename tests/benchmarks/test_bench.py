@@ -13,33 +13,29 @@ from benchmarks.common import KINDS
 from benchmarks.steady import Plan
 
 
-def fake(order: list):
-    def runner(mode, kind, plan):
-        order.append((mode, plan.tokens, plan.first))
-        return dict.fromkeys(REQUIRED, 1.0) | {"total_tok_s": 100.0 + len(order)}
-
-    return runner
-
-
 def test_measure_rotates_the_modes_and_alternates_the_paths():
     order = {path: [] for path in PATHS}
-    both: list = []
+    paths: list = []
 
     def runner(path):
-        inner = fake(order[path])
-        return lambda mode, kind, plan: (both.append((mode, path)), inner(mode, kind, plan))[1]
+        def window(mode, plan):
+            order[path].append((mode, plan.tokens, plan.first))
+            return dict.fromkeys(REQUIRED, 1.0) | {"total_tok_s": 100.0 + len(order[path])}
+
+        return lambda modes, kind, plan: (paths.append(path), [window(mode, plan) for mode in modes])[1]
 
     rows = measure(
         {p: runner(p) for p in PATHS}, ["none", "fixed"], "maths", Plan(4, 0), prompts=30, repeats=3, seconds=2.0
     )
     modes = [mode for mode, _, _ in order["in_process"]]
     assert modes == ["none", "fixed"] + ["none", "fixed"] + ["fixed", "none"] + ["none", "fixed"]
-    assert [path for _, path in both[4:12]] == [*PATHS, *PATHS, *PATHS[::-1], *PATHS[::-1]]
+    assert paths[2:] == [*PATHS, *PATHS[::-1], *PATHS], "the two windows of a repeat next to each other"
     measured = order["in_process"][2:]
     assert len({tokens for _, tokens, _ in measured}) == 1, "the same number of tokens for everybody"
     assert measured[0][1] == round(2.0 * 101.5), "as many as make two seconds at the median rate of the warm-up"
     assert [first for _, _, first in measured[::2]] == [0, 10, 20]
-    assert {(r["mode"], r["path"], len(r["repeats"])) for r in rows} == {(m, p, 3) for m in ("none", "fixed") for p in PATHS}
+    of = {(r["mode"], r["path"]): r["repeats"] for r in rows}
+    assert of["none", "grpc"] == [103.0, 106.0, 107.0] and of["fixed", "grpc"] == [104.0, 105.0, 108.0], "each window its mode"
 
 
 def test_kinds_are_the_repositorys_or_the_users(tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,13 @@ import pytest
 from benchmarks import remote
 from benchmarks.common import Item, encode
 from benchmarks.demo import compare, summary
-from benchmarks.inprocess import run, steady
+from benchmarks.inprocess import Lane, run, together
 from benchmarks.remote import ask
 from benchmarks.scheduling import table
 from benchmarks.steady import Plan
 from client import Client, ClientError
 from decoding.schedule import SCHEDULES, make
+from engines import load
 from tests.triton.support import in_flight, wait_until
 
 ITEMS = [Item(f"p{i}", ({"role": "user", "content": text},)) for i, text in enumerate(("fox", "naïve café 🙂", "x" * 40))]
@@ -38,11 +41,36 @@ def test_in_process_runs_give_the_same_tokens_for_every_schedule(bundle, alone):
 def test_a_steady_window_in_process(bundle, alone, mode):
     scheduler = make(mode, sps=table())
     for temperature in (0.0, 1.0):  # a scheduler outlives its loop
-        done = steady(alone.engines, scheduler, encode(bundle, ITEMS), Plan(3, 60, max_tokens=9, temperature=temperature))
+        plan = Plan(3, 60, max_tokens=9, temperature=temperature)
+        (done,) = together([Lane(alone.engines, scheduler, encode(bundle, ITEMS), plan)])
         assert 60 <= done["tokens"] < 60 + 3 * (alone.engines.bundle.draft.block_size + 1)
         assert 0 < done["host_share"] < 1 and done["acceptance_length"] >= 1
         assert done["no_draft_share"] == 1 if mode == "none" else done["no_draft_share"] <= 1
         assert sum(done["split_ms"].values()) == pytest.approx(done["step_ms"])
+
+
+def test_lanes_take_turns_and_their_clocks_stand_still_between(bundle, alone, monkeypatch):
+    prompts, plan = encode(bundle, ITEMS), Plan(2, 48, max_tokens=9)
+    with closing(load(bundle)) as other:
+        lanes = [Lane(e, make(mode), prompts, plan) for e, mode in ((alone.engines, "fixed"), (other, "none"))]
+        order, turn = [], Lane.turn
+
+        def noted(lane, tokens=None):
+            order.append(lanes.index(lane))
+            turn(lane, tokens)
+            time.sleep(0.01)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "turn", noted)
+            started = time.perf_counter()
+            fixed, none = together(lanes, turns=4)
+            passed = time.perf_counter() - started
+    assert order[:4] == [0, 1, 1, 0] and 8 <= len(order) <= 2 + 2 * 4, "opened, then back and forth"
+    assert fixed["verified_per_round"] > 0 == none["verified_per_round"]
+    assert all(w["tokens"] >= 48 for w in (fixed, none))
+    assert fixed["seconds"] + none["seconds"] < passed - 0.01 * (len(order) - 2), "sleep and the other's turns are not theirs"
+    (whole,) = together([Lane(alone.engines, make("fixed"), prompts, plan)], turns=1)
+    assert whole["acceptance_length"] == fixed["acceptance_length"], "the same requests, whoever else ran"
 
 
 def test_each_request_of_a_run_has_a_seed_of_its_own(bundle, alone):
