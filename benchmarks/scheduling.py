@@ -45,23 +45,24 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def table(most: int = 256) -> Sps:
     """A made-up jagged table of a machine on which drafting pays at every load, so that every decision is a full one: a
-    high floor, a small slope, a step at every 32 tokens, attention growing with the context."""
+    high floor, a small slope, a step at every 32 tokens, attention growing with the context, padded slots not free."""
     requests = sorted({1, 4, 16, 64, most})
     ms = lambda r, n, c: 10.0 + 0.002 * n + 0.06 * np.ceil(n / 32) + 1e-7 * n * c
     target = [(r, r * (1 + k), c, float(ms(r, r * (1 + k), c))) for r in requests for k in range(G + 1) for c in (64, 1024)]
-    return Sps.from_points(target, [(r, c, 1.0 + 0.002 * r) for r in requests for c in (64, 1024)])
+    draft = [(r, c, 1.0 + 0.002 * r) for r in requests for c in (64, 1024)]
+    padding = [(r, r + G, r * (1 + G), c, float(ms(r, r + G, c)) + 2e-4 * (r - 1) * G) for r, c, _ in draft if r > 1]
+    return Sps.from_points(target, draft, padding=padding)
 
 
 def decisions(name: str, requests: int, *, count: int = 1000, seed: int = 0) -> dict:
     """{scheduler, requests, median_us, p99_us} over `count` decisions after as many warm-up ones as a tenth of that."""
     rng, scheduler = np.random.default_rng(seed), make(name, sps=table())
-    context = rng.integers(40, 400, requests)
-    load = RoundLoad(requests=requests, context=float(context.mean()))
+    load = RoundLoad(requests=requests, context=400.0)
     taken, sps = [], table()
     for i in range(count + count // 10):
         confidence = rng.beta(3.0, 1.5, (requests, G)).astype(np.float32)
         chance = np.cumprod(rng.random((requests, G)) < confidence, axis=1)
-        state = RoundState(confidence, np.full(requests, np.nan), context)
+        state = RoundState(confidence, np.full(requests, np.nan), load.context)
         started = time.perf_counter()
         verified = None
         if scheduler.draft(load) == requests:  # a probe or a skipped round is cheaper: not what is asked
@@ -70,8 +71,9 @@ def decisions(name: str, requests: int, *, count: int = 1000, seed: int = 0) -> 
         if verified is None:
             continue
         accepted = (chance * (np.arange(G) < verified[:, None])).sum(axis=1)
-        tokens = requests + int(verified.sum())
-        took = sps.draft_ms(requests, load.context), float(sps.target_ms(requests, tokens, load.context))
+        tokens, slots = requests + int(verified.sum()), requests * (1 + int(verified.max()))
+        ms = float(sps.target_ms(requests, tokens, load.context)) + (slots - tokens) * sps.slot_ms(requests, load.context)
+        took = sps.draft_ms(requests, load.context), ms
         started = time.perf_counter()
         scheduler.observe(verified, accepted)
         scheduler.timed(*took)

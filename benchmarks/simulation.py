@@ -116,7 +116,7 @@ def simulate(
             rows = a.pointer[chosen].astype(int)
             ms += sps.draft_ms(len(chosen), context)
             state = RoundState(
-                confidence=traces.confidence[rows], threshold=np.full(len(chosen), np.nan), context=a.context[chosen],
+                confidence=traces.confidence[rows], threshold=np.full(len(chosen), np.nan), context=context,
                 plain=R - len(chosen), prefill=prompt_tokens,
             )  # fmt: skip
             lengths = np.asarray(scheduler.lengths(state))

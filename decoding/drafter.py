@@ -130,7 +130,7 @@ class Drafter:
             RoundState(
                 confidence=np.ones((len(at), self.G), np.float32) if confidence is None else confidence[real],
                 threshold=np.array([_threshold(rows[i]) for i in at]),
-                context=np.array([len(rows[i].tokens) for i in at]),
+                context=load.context,
                 plain=load.requests + load.plain - len(at),
                 prefill=prefill,
                 room=room,
@@ -143,8 +143,8 @@ class Drafter:
     @staticmethod
     def _load(rows: list[Sequence], decode: ndarray, ready: ndarray, prefill: int) -> RoundLoad:
         requests, decoding = int(ready.sum()), int(decode.sum())
-        cached = sum(s.target_length for s, d in zip(rows, decode) if d)
-        return RoundLoad(requests, decoding - requests, prefill, cached / decoding if decoding else 0.0)
+        longest = max((s.target_length for s, d in zip(rows, decode) if d), default=0)
+        return RoundLoad(requests, decoding - requests, prefill, float(longest))
 
     def _window(self, ready: ndarray, wanted: int) -> tuple[int, int]:
         """(first row, rows): a stretch of rows that holds `wanted` requests to draft for, another one at each probe."""

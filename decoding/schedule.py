@@ -21,7 +21,7 @@ from engines.sps import Sps
 @dataclass(frozen=True)
 class RoundLoad:
     """What a scheduler knows before the draft is made: speculative requests in decode, plain ones beside them, prompt
-    tokens that this step feeds, mean cached length of the requests in decode."""
+    tokens that this step feeds, cached positions of the longest request in decode (which attention pays for)."""
 
     requests: int
     plain: int = 0
@@ -34,14 +34,14 @@ class RoundState:
     """What a scheduler may look at, for the R requests that have a draft in this round.
 
     confidence [R, G]: calibrated chance that slot k is accepted given that all before it were (1 where the confidence
-    engine does not run). threshold [R]: the requests' own thresholds, NaN where none. context [R]: tokens each holds.
-    plain: requests decoded without a draft; prefill: prompt tokens that this step feeds; room: draft tokens that fit
+    engine does not run). threshold [R]: the requests' own thresholds, NaN where none. context: as in RoundLoad. plain:
+    requests decoded without a draft; prefill: prompt tokens that this step feeds; room: draft tokens that fit
     into the step's token budget (`none`, `fixed` and `threshold` pass over it: their text depends on nothing else).
     """
 
     confidence: ndarray
     threshold: ndarray
-    context: ndarray
+    context: float
     plain: int = 0
     prefill: int = 0
     room: int = 1 << 30
@@ -136,7 +136,8 @@ def make(name: str, threshold: float | None = None, sps: Sps | None = None) -> S
     if name == "threshold":
         return Threshold() if threshold is None else Threshold(threshold)
     if name in LOAD_AWARE:
-        from .schedule_aware import Causal, Lagged
+        from .schedule_aware import Causal
+        from .schedule_lagged import Lagged
 
         if sps is None:
             raise ScheduleError(f"schedule is {name!r} and needs an SPS table; run make profile (python -m engines profile).")

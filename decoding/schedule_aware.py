@@ -4,31 +4,25 @@ Knows: the paper's Algorithm 1 and its asynchronous form (section 5.2), an SPS t
 tokens, probabilities, clocks (what a step took is told by `timed`).
 
 A round that drafts for R requests beside `plain` others yields R + plain + (sum of the admitted survivals) tokens and
-takes draft_ms(R) + target_ms(R + plain + K) with K admitted draft tokens: throughput Theta(K). Prompt tokens in the
-step have to be fed in some round anyhow, so they shift the place on the cost curve and cost nothing themselves.
+takes draft_ms(R) + target_ms(R + plain + K) + (padded slots) * slot_ms with K admitted draft tokens: throughput Theta. A
+step in which the longest admitted block has q draft tokens has (R + plain) * q - K padded slots: one long block among
+short ones is dearer than its own tokens. Prompt tokens in the step have to be fed in some round anyhow, so they shift
+the place on the cost curve and cost nothing themselves.
 
-Legend: R requests with a draft, G block size, K admitted draft tokens, P pooled past blocks.
+Legend: R requests with a draft, G block size, K admitted draft tokens, q the longest block's, P pooled past blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import numpy as np
 from numpy import ndarray
 
-from engines.sps import STEP, Sps
+from engines.sps import Sps
 
 from .schedule import RoundLoad, RoundState, Scheduler
 
-POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
-PATIENCE = 0.3  # rounds' worth of loss until the draft is skipped
-HIGH = 1.02  # gain over plain decoding from which it is taken up again
-PROBE = 2  # requests that a probe drafts for
-FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
-COST = 0.004  # share of the time that probes may cost
-FIRST_AUDIT, LONGEST_AUDIT = 12, 256  # rounds with a draft between two plain ones that check the table; doubled each time
 # Of a deviation from the table: what a round corrects that follows one of its kind (with or without a draft), how much of
 # that is believed of the other kind too (a machine that is slow today is slow with both), what a rare round corrects (the
 # first ones more: 1/2, 1/3, ..).
@@ -59,6 +53,18 @@ def top_k(survival: ndarray, K: int, ordered: ndarray) -> ndarray:
     return lengths
 
 
+def longest(survival: ndarray) -> ndarray:
+    """[R*G + 1] int64: draft tokens of the longest block when 0, 1, .. candidates are admitted in top_k's order.
+
+    Slot k of any row is reached once all candidates before the best of its column are in: those of earlier columns that
+    are no worse. Entry i says nothing of a candidate behind i, not even that it is as good.
+    """
+    R, G = survival.shape
+    best = survival.max(axis=0)
+    before = np.array([np.count_nonzero(survival[:, :k] >= best[k]) for k in range(G)])
+    return np.searchsorted(before, np.arange(R * G + 1), "left")
+
+
 class LoadAware(Scheduler):
     """What `causal` and `lagged` share: costs, their slow drift, survival without a confidence head."""
 
@@ -83,24 +89,31 @@ class LoadAware(Scheduler):
         mean = (self._held.sum() + 1.0) / (self._judged.sum() + 1.0)  # what an unseen slot is taken for
         return np.tile(np.cumprod((self._held + mean) / (self._judged + 1.0)), (R, 1))
 
-    def costs(self, R: int, plain: int, prefill: int, context: float, most: int) -> tuple[ndarray, float]:
-        """([most + 1] ms of a round that drafts for R and verifies 0 .. most draft tokens, ms of the plain round)."""
+    def costs(self, R: int, plain: int, prefill: int, context: float, most: int) -> tuple[ndarray, float, float]:
+        """([most + 1] ms of a round that drafts for R and verifies 0 .. most draft tokens without a padded slot, ms of the
+        plain round, ms of a padded slot)."""
         rows = R + plain
         curve = self.sps.curve(rows, rows + prefill + most, context)
         target = curve[rows + prefill : rows + prefill + most + 1]
         if prefill:
             target = target + (curve[rows] - curve[rows + prefill])
-        drafted = (target + self.sps.draft_ms(R, context)) * self.speed[True]
-        return drafted, float(curve[rows]) * self.speed[False]
+        speed = self.speed[True]
+        drafted = (target + self.sps.others(R, context)[0]) * speed
+        return drafted, float(curve[rows]) * self.speed[False], self.sps.others(rows, context)[1] * speed
 
-    def algorithm1(self, ordered: ndarray, state: RoundState, costs: ndarray) -> int:
-        """K: the first candidate of `ordered` [n] (survivals, descending) that does not raise Theta ends the search."""
-        theta = np.empty(len(ordered) + 1)
-        theta[0] = len(state.confidence) + state.plain
+    def algorithm1(self, survival: ndarray, ordered: ndarray, state: RoundState) -> tuple[int, ndarray]:
+        """(K, costs [R*G + 1]): the first candidate of `ordered` (survivals, descending) that does not raise Theta ends
+        the search. What candidate i costs depends on the candidates before it alone."""
+        R, rows, n = len(survival), len(survival) + state.plain, len(ordered)
+        costs, _, slot_ms = self.costs(R, state.plain, state.prefill, state.context, n)
+        if slot_ms:
+            costs = costs + slot_ms * (rows * longest(survival) - np.arange(n + 1))
+        theta = np.empty(n + 1)
+        theta[0] = rows
         np.cumsum(ordered, out=theta[1:])
-        theta[1:] += theta[0]
+        theta[1:] += rows
         theta /= costs
-        return _first(theta[1:] <= theta[:-1])
+        return first(theta[1:] <= theta[:-1]), costs
 
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
         if self._judged is None or not len(verified):
@@ -137,169 +150,13 @@ class Causal(LoadAware):
 
     def lengths(self, state: RoundState) -> ndarray:
         survival = self.survival(state)
-        R, n = len(survival), survival.size
-        if not n:
-            return np.zeros(R, np.int64)
-        costs, _ = self.costs(R, state.plain, state.prefill, float(state.context.mean()), n)
+        if not survival.size:
+            return np.zeros(len(survival), np.int64)
         ordered = descending(survival)
-        return top_k(survival, min(self.algorithm1(ordered, state, costs), state.room), ordered)
+        return top_k(survival, min(self.algorithm1(survival, ordered, state)[0], state.room), ordered)
 
 
-class Lagged(LoadAware):
-    """The budget comes from an unconstrained search over the survivals of two rounds before and older (section 5.2),
-    scaled to today's number of requests; today's candidates are admitted in the order of their survival, ties by
-    (slot, row), as long as each is worth its price.
-
-    The search gives the best throughput Theta and its budget B, a mean that need not be whole. Candidate i of today's
-    order is admitted while its survival is at least Theta times the mean cost of a token between i and B. Where the cost
-    is flat up to B and steep behind it, that is the paper's rule, the top B. Where every token costs the same, a lone
-    request with a sure block gets more than B and one with an unsure block less, and their mean is B. Theta, B and the
-    costs are known before the round's first token is drawn, and candidate i is judged by its own survival alone, so
-    nothing leaks from a token into the decision to verify it. The first two rounds, which have nothing to look back on,
-    use Algorithm 1.
-
-    Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
-    rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds, never over COST of the time), and soon again after one whose blocks would have paid. A table that
-    is wrong is corrected by what rounds really take, which needs a plain round now and then while the draft pays.
-    """
-
-    def __init__(self, sps: Sps):
-        super().__init__(sps)
-        self._pool: deque[ndarray] = deque()  # descending survivals [R*G] of rounds with a draft, without the newest
-        self._pooled = 0
-        self._last: ndarray | None = None  # the newest
-        self._gained: ndarray | None = None  # [P*G + 1]: sums of the pool's 0, 1, .. largest survivals
-        self._skipping, self._loss, self._wait, self._since = False, 0.0, FIRST_WAIT, 0
-        self._drafted, self._audit = 0, FIRST_AUDIT
-        self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
-        self._promised = 0.0
-        self._found: tuple | None = None  # the last search and its load
-        self.probing = self._paused = False
-
-    def idle(self) -> None:
-        self._last = None
-
-    # -- whether to draft --------------------------------------------------------------------------------------------
-
-    def draft(self, load: RoundLoad) -> int:
-        R, self.probing, self._paused = load.requests, False, self._skipping
-        self.expect(True, None)
-        self._found = None
-        if not R or self._gained is None:
-            return R
-        gain = self._search(load.requests, load.plain, load.prefill, load.context)[0]
-        if not self._skipping:
-            self._loss = max(self._loss + 1.0 - gain, 0.0)
-            if self._loss < PATIENCE:
-                return 0 if self._audited(load) else R
-            self._skipping, self._wait, self._since = True, FIRST_WAIT, 0
-        elif gain > HIGH:
-            self._skipping, self._loss = False, 0.0
-            return R
-        self._since += 1
-        if self._since < self._wait:
-            self._expect_plain(load)
-            return 0
-        few, self.probing = min(R, PROBE), True
-        lost = 1.0 - self._search(few, R - few + load.plain, load.prefill, load.context)[0]  # rounds' worth
-        self._since, self._wait = 0, int(min(2 * self._wait, max(lost / COST, FIRST_WAIT), LONGEST_WAIT))
-        return few
-
-    def _audited(self, load: RoundLoad) -> bool:
-        """This round is done without a draft, only to see what that takes."""
-        self._drafted += 1
-        if self._drafted < self._audit or load.prefill:
-            return False
-        self._drafted, self._audit = 0, min(2 * self._audit, LONGEST_AUDIT)
-        self._expect_plain(load)
-        return True
-
-    def _expect_plain(self, load: RoundLoad) -> None:
-        rows = load.requests + load.plain
-        self.expect(False, None if load.prefill else float(self.sps.curve(rows, rows, load.context)[rows]))
-
-    def _pays(self, ordered: ndarray, state: RoundState) -> bool:
-        """Whether these blocks, if all requests had such ones, would beat plain decoding."""
-        R = len(state.confidence)
-        costs, plain_ms = self.costs(R, 0, 0, float(state.context.mean()), len(ordered))
-        return float(((R + np.cumsum(ordered)) / costs[1:]).max()) * plain_ms > HIGH * R
-
-    def _search(self, R: int, plain: int, prefill: int, context: float) -> tuple[float, float, float, ndarray]:
-        """(best expected Theta over the plain round's, that Theta per unit of survival, its budget B, costs [R*G + 1])."""
-        key = R, plain, prefill, int(context / STEP + 0.5)
-        if self._found is not None and self._found[0] == key:  # `draft` has asked just before `lengths`
-            return self._found[1]
-        P, G = self._pooled, self._G
-        costs, plain_ms = self.costs(R, plain, prefill, context, R * G)
-        at = np.arange(P * G + 1) * (R / P)
-        spent = costs if P == R else np.interp(at, np.arange(R * G + 1), costs)
-        bias = min(max(self._bias[0] / self._bias[1], 0.5), 1.5)
-        theta = (self._gained * (bias * R / P) + (R + plain)) / spent
-        best = int(theta.argmax())
-        found = float(theta[best]) * plain_ms / (R + plain), float(theta[best]) / bias, float(at[best]), costs
-        self._found = key, found
-        return found
-
-    # -- how much to verify ------------------------------------------------------------------------------------------
-
-    def lengths(self, state: RoundState) -> ndarray:
-        survival = self.survival(state)
-        R, self._G = survival.shape
-        if not R:
-            return np.zeros(0, np.int64)
-        context, ordered = float(state.context.mean()), descending(survival)
-        if self._gained is None:
-            costs, _ = self.costs(R, state.plain, state.prefill, context, survival.size)
-            K = self.algorithm1(ordered, state, costs)
-        else:
-            _, theta, budget, costs = self._search(R, state.plain, state.prefill, context)
-            K = affordable(ordered, theta, budget, costs)
-        K = min(K, state.room)
-        if self.probing and self._pays(ordered, state):
-            self._wait = FIRST_WAIT  # look again soon: the next probes tell luck from a change of traffic
-        self._promised = float(ordered[:K].sum())
-        # After a pause the draft has context to catch up with, which the table knows nothing of.
-        unlike = state.prefill or self.probing or self._paused
-        self.expect(True, None if unlike else float(costs[K]) / self.speed[True])
-        self._remember(ordered)
-        return top_k(survival, K, ordered)
-
-    def _remember(self, ordered: ndarray) -> None:
-        if self._last is not None:
-            G = self._G
-            self._pool.append(self._last)
-            self._pooled += len(self._last) // G
-            most = POOL_OF_PROBES if self._skipping else POOL
-            while self._pooled - len(self._pool[0]) // G >= most:
-                self._pooled -= len(self._pool.popleft()) // G
-            merged = self._pool[0] if len(self._pool) == 1 else descending(np.concatenate(self._pool))
-            self._gained = np.zeros(len(merged) + 1)
-            np.cumsum(merged, out=self._gained[1:])
-        self._last, self._found = ordered, None
-
-    def observe(self, verified: ndarray, accepted: ndarray) -> None:
-        super().observe(verified, accepted)
-        if self.uses_confidence:
-            accept, promise = self._bias
-            self._bias = [0.98 * accept + float(accepted.sum()), 0.98 * promise + self._promised]
-
-
-def affordable(ordered: ndarray, theta: float, budget: float, costs: ndarray) -> int:
-    """K: how many of today's candidates `ordered` [n] (survivals, descending) are worth it, one after the other.
-
-    Candidate i costs theta times the mean of costs [n + 1] between i and the budget, counted in whole tokens.
-    """
-    n = len(ordered)
-    B = min(int(budget + 0.5), n)
-    at = np.arange(n)
-    price = np.empty(n)
-    price[:B] = (costs[B] - costs[:B]) / (B - at[:B])
-    price[B:] = (costs[B + 1 :] - costs[B]) / (at[B:] + 1 - B)
-    return _first(ordered < theta * price)
-
-
-def _first(failed: ndarray) -> int:
+def first(failed: ndarray) -> int:
     """Index of the first True, or how many there are."""
     at = int(failed.argmax())
     return at if failed[at] else len(failed)

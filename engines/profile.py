@@ -3,7 +3,7 @@
 Knows: batches of random tokens, how to time them fairly (shuffled rounds over all points). Refuses to know: requests,
 schedulers, how a table is used.
 
-Legend: R requests, N packed tokens of a step, C context (cached tokens of each request), G block size.
+Legend: R requests, N packed tokens of a step, C context (cached tokens of each request), G block size, Q slots of a request.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ QUICK_REQUESTS, QUICK_CONTEXTS = (1, 4, 16), (128, 512)
 PREFILL = (32, 64, 128, 256, 512)  # packed tokens of steps that feed prompts; measured for the fewest requests
 SELDOM = 3  # they are slow and change little: one round in so many
 SAMPLES = 25
+NAMES = {
+    "target": ("requests", "tokens", "context"),
+    "padding": ("requests", "tokens", "slots", "context"),
+    "draft": ("requests", "context"),
+}
 
 
 class Workload:
@@ -47,10 +52,19 @@ class Workload:
 
     def target(self, R: int, N: int, C: int) -> float:
         """ms of the target over N tokens of R requests (as even as can be) and the greedy verdicts over all of them."""
-        e, G = self.engines, self.G
-        e.ensure_capacity(R, C + -(-N // R) + 1)
         counts = np.full(R, N // R)
         counts[: N % R] += 1
+        return self._step(R, counts, C)
+
+    def padding(self, R: int, N: int, Q: int, C: int) -> float:
+        """The same where one request, or as many as that takes, feed Q tokens and the others one: R * Q - N padded slots."""
+        counts = np.ones(R, np.int64)
+        counts[: (N - R) // (Q - 1)] = Q
+        return self._step(R, counts, C)
+
+    def _step(self, R: int, counts: np.ndarray, C: int) -> float:
+        e, G = self.engines, self.G
+        e.ensure_capacity(R, C + int(counts.max()) + 1)
         tokens = [self.rng.integers(0, self.V, n).tolist() for n in counts]
         logits = np.minimum(counts, G + 1)  # a prompt's chunk has one at most, a block has all
         batch, _, logit_starts = pack_target(tokens, np.full(R, C), logits, e.target_capacity, self.S)
@@ -77,15 +91,19 @@ class Workload:
         return 1e3 * (perf_counter() - started)
 
     def run(self, point: tuple) -> float:
-        return self.draft(*point[1:]) if point[0] == "draft" else self.target(*point[1:])
+        return getattr(self, point[0])(*point[1:])
 
 
 def points(engines: Engines, requests: tuple[int, ...], context: int, quick: bool) -> tuple[list[tuple], list[tuple]]:
-    """(steps that decode, steps that feed a prompt) at one context: ("target", R, N, C) | ("draft", R, C), with
-    N = R*(1+n) for n = 0..G, and PREFILL for the fewest requests."""
+    """(steps that decode, steps that feed a prompt) at one context: ("target", R, N, C) | ("padding", R, N, Q, C) |
+    ("draft", R, C), with N = R*(1+n) for n = 0..G, and PREFILL for the fewest requests. Padded: one request with a whole
+    block, and half of them with half of one."""
     G, few = engines.bundle.draft.block_size, requests[0]
     decode = [("target", r, r * (1 + n), context) for r in requests for n in range(G + 1)]
     decode += [("draft", r, context) for r in requests]
+    for r in requests:
+        for members, more in {(1, G), (max(r // 2, 1), max(G // 2, 1))} if r > 1 else ():
+            decode.append(("padding", r, r + members * more, 1 + more, context))
     room = engines.bundle.max_context - context - 1
     sizes = (64, 512) if quick else PREFILL
     return decode, [("target", few, n, context) for n in sizes if n > few * (1 + G) and -(-n // few) <= room]
@@ -110,8 +128,8 @@ def measure(
     """Times every point in shuffled rounds (the first only warms up) until each has 25 samples or `seconds` are over,
     and 3 times at least. progress: is told the share of the work that is done.
 
-    Returns {requests, contexts, target: [...], draft: [...]} of the manifest's `sps`: medians, 10th and 90th
-    percentiles, ms. Raises BundleError for requests or contexts out of range.
+    Returns {requests, contexts, target: [...], draft: [...], padding: [...]} of the manifest's `sps`: medians, 10th and
+    90th percentiles, ms. Raises BundleError for requests or contexts out of range.
     """
     for name, values in (("requests", requests), ("contexts", contexts)):
         if not values or min(values) < 1:
@@ -140,11 +158,12 @@ def measure(
             part = (rounds + (at + 1) / len(contexts)) / (SAMPLES + 1)
             progress(min(max(part, (perf_counter() - started) / seconds), 1.0))
         rounds += 1
-    table: dict[str, Any] = {"requests": list(requests), "contexts": list(contexts), "target": [], "draft": []}
+    table: dict[str, Any] = {"requests": list(requests), "contexts": list(contexts), "target": [], "draft": [], "padding": []}
     for point, times in samples.items():
         low, mid, high = np.percentile(times, (10, 50, 90)).round(4).tolist()
-        names = ("requests", "tokens", "context") if point[0] == "target" else ("requests", "context")
-        row = {name: int(value) for name, value in zip(names, point[1:])}
+        row = {name: int(value) for name, value in zip(NAMES[point[0]], point[1:])}
+        if "slots" in row:  # of a request; the table says of the step
+            row["slots"] *= row["requests"]
         table[point[0]].append({**row, "ms": mid, "low": low, "high": high, "samples": len(times)})
     return table
 

@@ -1,7 +1,11 @@
 """The SPS table of a bundle: what one step costs on this machine, measured by `python -m engines profile`.
 
-Knows: milliseconds of the target (with verify) over requests, packed tokens and context, and of the draft.
-Refuses to know: schedulers, how the points were measured.
+Knows: milliseconds of the target (with verify) over requests, packed tokens and context, of a padded slot, and of the
+draft. Refuses to know: schedulers, how the points were measured.
+
+Attention works on [R, Q] slots, Q the longest block (or chunk) of the step, and on as many cached positions as the
+longest request has: a step whose requests feed unlike numbers of tokens pays for R * Q - N padded slots too, and a step's
+context is that of its longest request.
 
 Nothing is assumed about a curve's shape: matrix kernels work in tiles, so a step of 17 tokens may cost more than one of
 24, and a scheduler has to see that.
@@ -33,11 +37,14 @@ class Sps:
     at that N.
     """
 
-    def __init__(self, requests: ndarray, contexts: ndarray, grid: ndarray, target: ndarray, draft: ndarray):
-        """requests [A], contexts [B], grid [T] packed tokens, ascending; target [A, B, T] ms, draft [A, B] ms."""
+    def __init__(
+        self, requests: ndarray, contexts: ndarray, grid: ndarray, target: ndarray, draft: ndarray, slot: ndarray
+    ):
+        """requests [A], contexts [B], grid [T] packed tokens, ascending; target [A, B, T] ms, draft and slot [A, B] ms."""
         self.requests, self.contexts, self.grid = requests, contexts, grid
-        self._target, self._draft = target, draft
+        self._target, self._draft, self._slot = target, draft, slot
         self._curves: dict[tuple[int, int], ndarray] = {}
+        self._others: dict[tuple[int, int], tuple[float, float]] = {}
         self.has_confidence = True
 
     @classmethod
@@ -46,8 +53,11 @@ class Sps:
         target: Iterable[tuple[int, int, int, float]],
         draft: Iterable[tuple[int, int, float]],
         has_confidence: bool = True,
+        padding: Iterable[tuple[int, int, int, int, float]] = (),
     ) -> Sps:
-        """target: (requests, tokens, context, ms); draft: (requests, context, ms). Raises BundleError for a hole."""
+        """target: (requests, tokens, context, ms), the requests feeding alike; draft: (requests, context, ms); padding:
+        (requests, tokens, slots, context, ms) of steps with more slots than tokens; without any, a padded slot is
+        free. Raises BundleError for a hole."""
         points: dict[tuple[int, int], dict[int, float]] = {}
         for r, n, c, ms in target:
             points.setdefault((int(r), int(c)), {})[int(n)] = _positive(ms, f"requests {r}, tokens {n}, context {c}")
@@ -72,7 +82,14 @@ class Sps:
                 else:
                     table[a, b] = _line(grid, at, ms)
                 costs[a, b] = drafts[r, c]
-        sps = cls(requests, contexts, grid, np.maximum(table, 1e-6), costs)
+        slot, padding = np.zeros(costs.shape), list(padding)
+        for a, b in np.ndindex(costs.shape):
+            here = [p for p in padding if (p[0], p[3]) == (requests[a], contexts[b])]
+            if here:  # least squares through the origin
+                tokens, slots, ms = (np.array([p[i] for p in here], np.float64) for i in (1, 2, 4))
+                more, empty = ms - np.interp(tokens, grid, table[a, b]), slots - tokens
+                slot[a, b] = max(float(more @ empty / (empty @ empty)), 0.0)
+        sps = cls(requests, contexts, grid, np.maximum(table, 1e-6), costs, slot)
         sps.has_confidence = has_confidence
         return sps
 
@@ -86,12 +103,22 @@ class Sps:
             [(p["requests"], p["tokens"], p["context"], p["ms"]) for p in sps["target"]],
             [(p["requests"], p["context"], p["ms"]) for p in sps["draft"]],
             engines.bundle.draft.has_confidence,
+            [(p["requests"], p["tokens"], p["slots"], p["context"], p["ms"]) for p in sps["padding"]],
         )
 
     def target_ms(self, requests: int, tokens: ndarray | int, context: float) -> ndarray:
         """ms of a step's target pass and verify, of the shape of `tokens`: packed tokens in all, of `requests` requests
         that hold `context` tokens each."""
-        return _line(np.asarray(tokens), self.grid, self._at(self._target, requests, context))
+        return _line(np.asarray(tokens), self.grid, np.maximum(self._at(self._target, requests, context), 1e-6))
+
+    @property
+    def pads(self) -> bool:
+        """Padded slots cost time, for some number of requests."""
+        return bool((self._slot > 0).any())
+
+    def slot_ms(self, requests: int, context: float) -> float:
+        """ms of one padded slot."""
+        return float(max(self._at(self._slot, requests, context), 0.0))
 
     def draft_ms(self, requests: int, context: float) -> float:
         """ms of backbone, markov and confidence for `requests` requests."""
@@ -109,12 +136,22 @@ class Sps:
             kept = self._curves[key] = self.target_ms(requests, np.arange(length), key[1] * STEP)
         return kept
 
+    def others(self, requests: int, context: float) -> tuple[float, float]:
+        """(draft_ms, slot_ms) at the nearest multiple of 64 of context; kept."""
+        key = requests, int(context / STEP + 0.5)
+        if key not in self._others:
+            if len(self._others) >= 1024:
+                self._others.clear()
+            at = requests, key[1] * STEP
+            self._others[key] = self.draft_ms(*at), self.slot_ms(*at)
+        return self._others[key]
+
     def _at(self, table: ndarray, requests: float, context: float) -> ndarray:
         a0, a1, wa = _bracket(self.requests, requests)
         b0, b1, wb = _bracket(self.contexts, context)
         low = table[a0, b0] + wb * (table[a0, b1] - table[a0, b0])
         high = table[a1, b0] + wb * (table[a1, b1] - table[a1, b0])
-        return np.maximum(low + wa * (high - low), 1e-6)
+        return low + wa * (high - low)
 
 
 def check(bundle: Bundle, *, threads: int, provider: str) -> None:
@@ -134,16 +171,19 @@ def check(bundle: Bundle, *, threads: int, provider: str) -> None:
                 raise BundleError(f"{name}: the SPS table was taken with {key} {sps[key]!r}, this is {value!r}; {_PROFILE}.")
         have = {(p["requests"], p["tokens"], p["context"]) for p in sps["target"]}
         drafts = {(p["requests"], p["context"]) for p in sps["draft"]}
+        padded = {(p["requests"], p["context"]) for p in sps["padding"] if p["slots"] > p["tokens"]}
         for r in sps["requests"]:
             for c in sps["contexts"]:
                 for n in range(bundle.draft.block_size + 1):
                     if (r, r * (1 + n), c) not in have:
                         where = f"requests {r}, tokens {r * (1 + n)}, context {c}"
                         raise BundleError(f"{name}: the SPS table has a hole at {where}; {_PROFILE}.")
+                where = f"requests {r}, context {c}"
                 if (r, c) not in drafts:
-                    where = f"requests {r}, context {c}"
                     raise BundleError(f"{name}: the SPS table has a hole for the draft at {where}; {_PROFILE}.")
-        for p in (*sps["target"], *sps["draft"]):
+                if r > 1 and (r, c) not in padded:
+                    raise BundleError(f"{name}: the SPS table has a hole for padded slots at {where}; {_PROFILE}.")
+        for p in (*sps["target"], *sps["draft"], *sps["padding"]):
             _positive(p["ms"], ", ".join(f"{k} {p[k]}" for k in ("requests", "tokens", "context") if k in p))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, BundleError):

@@ -32,7 +32,7 @@ class Few(Scheduler):
 
     def lengths(self, state):
         self.states.append(state)
-        return np.full(len(state.context), state.confidence.shape[1])
+        return np.full(*state.confidence.shape)
 
     def observe(self, verified, accepted):
         self.seen.append((verified, accepted))
@@ -60,7 +60,7 @@ def test_a_draft_for_some_rows_changes_no_text(tiny, plain, count):
     m = loop.metrics
     assert 0 < m.drafts < m.rounds and m.rounds_without_draft == m.rounds - m.drafts and m.accepted_tokens > 0
     for state, (verified, accepted) in zip(scheduler.states, scheduler.seen, strict=True):
-        assert len(state.context) == len(verified) == len(accepted) and (accepted <= verified).all()
+        assert len(state.confidence) == len(verified) == len(accepted) and (accepted <= verified).all()
 
 
 def test_every_row_gets_its_turn(tiny):

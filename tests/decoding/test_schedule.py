@@ -8,7 +8,7 @@ def state(confidence, threshold=None):
     confidence = np.array(confidence, np.float32)
     R = len(confidence)
     own = np.full(R, np.nan) if threshold is None else np.array(threshold)
-    return RoundState(confidence, own, context=np.ones(R, np.int64))
+    return RoundState(confidence, own, context=1.0)
 
 
 ROWS = [[0.9, 0.8, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]]

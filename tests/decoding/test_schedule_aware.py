@@ -4,22 +4,24 @@ import numpy as np
 import pytest
 
 from decoding.schedule import RoundLoad, RoundState, ScheduleError, make
-from decoding.schedule_aware import FIRST_WAIT, LONGEST_WAIT, Causal, Lagged, affordable, descending, top_k
+from decoding.schedule_aware import Causal, descending, longest, top_k
+from decoding.schedule_lagged import FIRST_WAIT, LONGEST_WAIT, Lagged, affordable, padding, sums
 from engines.sps import Sps
 
 G = 4
 
 
-def table(ms, draft=1.0, G=G, requests=(1, 2, 4, 8), has_confidence=True):
-    """An SPS table of the function ms(tokens)."""
+def table(ms, draft=1.0, G=G, requests=(1, 2, 4, 8), has_confidence=True, slot=0.0):
+    """An SPS table of the function ms(tokens) and `slot` ms a padded slot."""
     target = [(r, n, 64, ms(n)) for r in requests for n in range(r, r * (G + 1) + 1 if r > 1 else 129)]
-    return Sps.from_points(target, [(r, 64, draft) for r in requests], has_confidence)
+    padded = [(r, r + 1, r * 2, 64, ms(r + 1) + slot * (r - 1)) for r in requests if r > 1 and slot]
+    return Sps.from_points(target, [(r, 64, draft) for r in requests], has_confidence, padded)
 
 
 def state(confidence, **more):
     confidence = np.array(confidence, np.float64)
     R = len(confidence)
-    return RoundState(confidence, np.full(R, np.nan), context=np.full(R, 64), **more)
+    return RoundState(confidence, np.full(R, np.nan), context=64.0, **more)
 
 
 def conditional(survival):
@@ -58,6 +60,25 @@ def test_top_k_against_a_sort_of_all_candidates():
             assert top_k(s, K, descending(s)).tolist() == want.tolist()
 
 
+def test_longest_is_the_longest_of_top_k():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        R, g = rng.integers(1, 7), rng.integers(1, 6)
+        s = np.cumprod(rng.choice([0.5, 0.9, 1.0], (R, g)), axis=1)
+        want = [int(top_k(s, K, descending(s)).max()) for K in range(R * g + 1)]
+        assert longest(s).tolist() == want, "ties and all: it may not look behind a candidate"
+
+
+def test_sums_and_padding_by_hand():
+    s = np.array([[0.9, 0.5], [0.8, 0.1]])
+    assert sums(s, depths=False)[0].tolist() == pytest.approx([0, 0.9, 1.7, 2.2, 2.3])
+    assert sums(s, depths=True)[0].tolist() == pytest.approx([0, 0.9, 1.7, 1.7, 1.7])
+    many = np.cumprod(np.random.default_rng(2).beta(4, 2, (100, 5)), axis=1)  # sorted in 16 bits
+    for depths in (False, True):
+        np.testing.assert_allclose(sums(many, depths)[-1, 1:], np.cumsum(descending(many)), atol=500 / 65535)
+    assert padding(0.5, 3, 2, np.arange(4)).tolist() == [[0, 1.0, 0.5, 0], [0, 2.5, 2.0, 1.5]]
+
+
 # -- causal ------------------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +98,37 @@ def test_causal_stops_at_the_first_decline_where_a_search_would_go_on():
     assert Causal(sps).lengths(state(conditional(block))).tolist() == [1]
     lagged = settled(sps, conditional(block))
     assert lagged.lengths(state(conditional(block))).tolist() == [4]
+
+
+def test_padded_slots_are_paid_for():
+    """ms = 10 + tokens + 0.5 a padded slot, the draft 1. Causal: 4/15, 4.9/(16 + 1.5) = .28, 5.6/(17 + 3) = .28: no longer
+    alone at that depth. Without padding it goes on to the .6: 6.2/18."""
+    lone = conditional([[0.9, 0.7, 0.6, 0.5], [0.1] * 4, [0.1] * 4, [0.1] * 4])
+    free, dear = table(lambda n: 10.0 + n), table(lambda n: 10.0 + n, slot=0.5)
+    assert Causal(free).lengths(state(lone)).tolist() == [4, 0, 0, 0]
+    assert Causal(dear).lengths(state(lone)).tolist() == [1, 0, 0, 0]
+    assert settled(free, lone).lengths(state(lone)).tolist() == [4, 0, 0, 0]
+    assert settled(dear, lone).lengths(state(lone)).max() <= 1
+    even = conditional([[0.9, 0.7, 0.6, 0.1]] * 4)
+    assert settled(dear, even).lengths(state(even)).tolist() == [3] * 4, "all go as deep: nothing is padded"
+    alone = conditional([[0.9, 0.7, 0.6, 0.5]])
+    assert settled(dear, alone).lengths(state(alone)).tolist() == settled(free, alone).lengths(state(alone)).tolist()
+
+
+@pytest.mark.parametrize("slot", [0.0, 0.4])
+def test_a_search_lasts_while_the_draft_is_skipped(slot):
+    """Looking again costs time: the same load is searched once in a few rounds, another load at once."""
+    scheduler = settled(table(lambda n: 10.0 + 5 * n, slot=slot), conditional([[0.3, 0.1, 0.1, 0.1]] * 2), rounds=6)
+    counts, costs = [], scheduler.costs
+    scheduler.costs = lambda *load: counts.append(load[:2]) or costs(*load)
+    while not scheduler._skipping:
+        scheduler.draft(RoundLoad(2, context=64))
+    counts.clear()
+    drafted = sum(scheduler.draft(RoundLoad(2, context=64)) > 0 for _ in range(32))
+    assert drafted <= 4 and len(counts) <= 32 // 4 + 2 * drafted
+    counts.clear()
+    scheduler.draft(RoundLoad(3, context=64))
+    assert (3, 0) in counts
 
 
 def test_causal_sees_plain_requests_and_room():

@@ -1,4 +1,4 @@
-from decoding.schedule_aware import POOL
+from decoding.schedule_lagged import POOL
 from decoding.twins import PATIENCE, Twins
 
 

@@ -26,7 +26,11 @@ def test_profile_stores_a_table_that_is_accepted_here(copy):
     G = loaded.bundle.draft.block_size
     have = {(p["requests"], p["tokens"], p["context"]) for p in sps["target"]}
     assert {(r, r * (1 + n), c) for r in (1, 3) for n in range(G + 1) for c in (16, 40)} <= have
-    assert all(0 < p["low"] <= p["ms"] <= p["high"] and p["samples"] >= 1 for p in sps["target"] + sps["draft"])
+    every = sps["target"] + sps["draft"] + sps["padding"]
+    assert all(0 < p["low"] <= p["ms"] <= p["high"] and p["samples"] >= 1 for p in every)
+    padded = {(p["requests"], p["tokens"], p["slots"], p["context"]) for p in sps["padding"]}
+    assert padded >= {(3, 3 + G, 3 * (1 + G), c) for c in (16, 40)}, "one whole block beside two requests without any"
+    assert all(n < slots for _, n, slots, _ in padded) and 1 not in {r for r, *_ in padded}
     assert table.target_ms(2, 4, 20) > 0 and sps["threads"] == 1
     with pytest.raises(BundleError, match="threads"):
         Sps.of(engines.load(copy, threads=2))

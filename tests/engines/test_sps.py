@@ -42,6 +42,17 @@ def test_context_between_and_beyond():
     assert [float(sps.target_ms(1, 2, c)) for c in (50, 100, 200, 300, 500)] == pytest.approx([6, 6, 7, 8, 10])
 
 
+def test_a_padded_slot_is_fitted_over_the_steps_with_uneven_blocks():
+    sps = Sps.from_points(TARGET, DRAFT, padding=[(2, 3, 4, 100, 22.5 + 0.3), (2, 4, 10, 100, 24.0 + 1.2)])
+    assert sps.pads and sps.slot_ms(2, 100) == pytest.approx((0.3 * 1 + 1.2 * 6) / (1 + 36))
+    assert sps.slot_ms(1, 100) == 0, "one request has no padding"
+    assert sps.others(2, 90) == pytest.approx((4.0, sps.slot_ms(2, 64)))
+    free = Sps.from_points(TARGET, DRAFT)
+    assert not free.pads and free.slot_ms(2, 100) == 0
+    noise = Sps.from_points(TARGET, DRAFT, padding=[(2, 3, 4, 100, 18.0)])
+    assert noise.slot_ms(2, 100) == 0, "never a gain"
+
+
 def test_curve_is_target_ms_at_every_token():
     sps = Sps.from_points(TARGET, DRAFT)
     for most in (3, 20, 7):  # grows, and is kept
@@ -69,6 +80,7 @@ def table(bundle, G=None):
         "requests": [1, 4], "contexts": [64],
         "target": [point(requests=r, tokens=r * (1 + n), context=64) for r in (1, 4) for n in range(G + 1)],
         "draft": [point(requests=r, context=64) for r in (1, 4)],
+        "padding": [point(requests=4, tokens=5, slots=8, context=64)],
     }  # fmt: skip
 
 
@@ -95,6 +107,7 @@ def broken(bundle, **change):
         (dict(engines={}), "was taken with another target engine"),
         (dict(requests=[1, 2, 4]), "hole at requests 2, tokens 2, context 64"),
         (dict(draft=[]), "hole for the draft at requests 1, context 64"),
+        (dict(padding=[]), "hole for padded slots at requests 4, context 64"),
         (dict(target=7), "is not readable"),
         (dict(target=[{"requests": 1}]), "is not readable"),
     ],

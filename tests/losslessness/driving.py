@@ -22,8 +22,9 @@ DRAFTING = tuple(name for name in SCHEDULES if name != "none")
 
 def jagged_sps(G: int, draft_ms: float = 0.05) -> Sps:
     """A cost curve of steps and cliffs: tokens beyond the requests are nearly free up to a multiple of 4 (of 3 for many
-    requests), then a cliff comes; at some numbers of requests nothing pays, so that drafts are skipped and probed."""
-    target, draft = [], []
+    requests), then a cliff comes; at some numbers of requests nothing pays, so that drafts are skipped and probed. Padded
+    slots cost a third of a token."""
+    target, draft, padding = [], [], []
     for R in (1, 2, 3, 5, 8, 64):
         tile = 4 if R < 8 else 3 * R // 4 + 1
         dear = 1.6 if R == 3 else 0.35
@@ -32,7 +33,8 @@ def jagged_sps(G: int, draft_ms: float = 0.05) -> Sps:
                 ms = 1.0 + 0.01 * n + dear * ((n - 1) // tile - (R - 1) // tile) + 0.002 * context
                 target.append((R, n, context, ms))
             draft.append((R, context, draft_ms * (1 + R / 8)))
-    return Sps.from_points(target, draft)
+            padding.append((R, R * (G + 1), 2 * R * (G + 1), context, ms + 0.03 * R * (G + 1)))
+    return Sps.from_points(target, draft, padding=padding)
 
 
 def make(name: str, sps: Sps | None = None, G: int = 4) -> Scheduler:

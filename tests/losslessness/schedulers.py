@@ -49,7 +49,7 @@ class Alone(Scheduler):
         return load.requests
 
     def lengths(self, state) -> ndarray:
-        parts = ("confidence", "threshold", "context")
+        parts = ("confidence", "threshold")
         found = np.zeros(len(state.confidence), np.int64)
         for r, (scheduler, wanted) in enumerate(zip(self.each, self.drafting)):
             if wanted and r < len(found):

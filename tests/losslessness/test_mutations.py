@@ -1,12 +1,12 @@
-"""Faults that the kit must notice: each is a changed graph, batch or method, and the test fails where the kit passes
-it.
+"""Faults that the kit must notice: each is a changed graph, batch or method, and the test fails where the kit passes it.
 
-"Draft uniforms reused over rounds" and "a retrospective argmax" are mutations too: test_history.py,
-test_counterexample.py.
+Mutations too: "draft uniforms reused over rounds" (test_history.py), "a retrospective argmax" (test_counterexample.py),
+"log-probs of the edited distribution" (test_log_probs.py).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -17,31 +17,18 @@ from decoding.loop import Loop
 from decoding.random import ACCEPT
 from decoding.request import Request, Sequence
 from decoding.sampling import Edits
-from decoding.schedule_aware import Lagged, descending
-from engines.base import VerifyResult
-from engines.onnxruntime import Graph, session_options
+from decoding.schedule_lagged import Lagged
 from engines.sps import Sps
 from export import verify as export_verify
 from tests.losslessness import table
+from tests.losslessness.changed import Changed, with_verify_graph
 from tests.losslessness.driving import make, run
-from tests.losslessness.exact import BOUND, p_value, softmax
+from tests.losslessness.exact import BOUND, p_value
 from tests.losslessness.schedulers import Alone, LooksAhead
 from tests.losslessness.test_counterexample import appendix_a, first_tokens, paper_sps
 from tests.losslessness.test_distribution import KINDS, draw, params, todo, worst
 
 EACH = 400  # draws of each kind: enough for every fault below
-
-
-class Changed:
-    """Table engines of which one engine is changed."""
-
-    def __init__(self, engines, **changes):
-        self._engines = engines
-        for name, change in changes.items():
-            setattr(self, name, lambda batch, call=getattr(engines, name), change=change: change(call, batch))
-
-    def __getattr__(self, name):
-        return getattr(self._engines, name)
 
 
 def least(engines, kinds, schedule="fixed", accept="rejection", each=EACH) -> float:
@@ -58,8 +45,7 @@ def test_the_shipped_code_passes_with_the_same_draws(jagged):
     assert least(jagged, [*KINDS]) > BOUND
 
 
-# -- changed batches and results
-# -----------------------------------------------------------------------------------------
+# -- changed batches and results ---------------------------------------------------------------------------------------
 
 
 def one_more_accepted(call, batch):
@@ -112,17 +98,7 @@ def test_next_token_from_the_accept_uniform_is_caught(jagged):
     assert least(Changed(jagged, verify=shifted), PLAIN) < BOUND
 
 
-# -- changed graphs
-# ------------------------------------------------------------------------------------------------------
-
-
-def with_verify_graph(engines, folder, draft_to_target=table.DRAFT_TO_TARGET):
-    """The engines with a verify graph that is built now, by whatever export.verify has been patched to."""
-    bundle = engines.bundle
-    graph = export_verify.build_verify(table.G, table.V, draft_to_target)
-    graph.save(folder)
-    session = Graph(folder / "model.onnx", bundle.engines["verify"], session_options(1), None)
-    return Changed(engines, verify=lambda call, batch: VerifyResult(**session.run(batch.__dict__)))
+# -- changed graphs ----------------------------------------------------------------------------------------------------
 
 
 def not_normalised(g, weights, uniform, size):
@@ -166,8 +142,7 @@ def test_changed_graphs_are_caught(jagged, tmp_path, monkeypatch, name):
     assert least(with_verify_graph(jagged, tmp_path), kinds) < BOUND
 
 
-# -- changed methods
-# -----------------------------------------------------------------------------------------------------
+# -- changed methods ---------------------------------------------------------------------------------------------------
 
 
 def test_accept_uniforms_equal_to_the_drafts_are_caught(jagged, monkeypatch):
@@ -234,12 +209,9 @@ def test_lagged_with_the_current_rounds_budget_is_caught(flat_graphs):
         draft = lambda self, load: load.requests
 
         def lengths(self, state):
-            self.probing, (self._pooled, self._G) = False, state.survival.shape
-            self._gained = np.concatenate([np.zeros(1), np.cumsum(descending(state.survival))])
-            lengths = super().lengths(state)
-            self._pooled = sum(len(block) for block in self._pool) // self._G
-            self._gained = self._gained if self._pool else None
-            return lengths
+            self.probing, self._found, self._gained = False, None, {}
+            self._pool, (self._pooled, self._G) = deque([state.survival]), state.survival.shape
+            return super().lengths(state)
 
     sps = paper_sps()
     counts = first_tokens(
@@ -266,52 +238,3 @@ def test_coupled_noise_keyed_by_the_draft_is_caught(jagged, monkeypatch):
 
     monkeypatch.setattr(Sequence, "noise", by_round)
     assert texts("fixed") != texts("none")
-
-
-# -- log-probs
-# -----------------------------------------------------------------------------------------------------------
-
-
-def worst_log_prob(engines, schedule="fixed") -> float:
-    """The largest error of any output token's log-prob, over requests of every kind."""
-    loop, error, done = Loop(engines, make(schedule), max_requests=8), 0.0, {}
-    requests = todo([*KINDS], 6, 5, return_log_probs=True)
-    for request in requests:
-        loop.add(request)
-    while loop.has_work:
-        for output in loop.step():
-            assert output.finish_reason != "error", output.error
-            assert len(output.log_probs) == len(output.token_ids)
-            tokens, values = done.setdefault(output.request_id, ([], []))
-            tokens += output.token_ids
-            values += output.log_probs
-    for request in requests:
-        ids = list(request.prompt_ids)
-        for token, value in zip(*done[request.id]):
-            raw = engines.table.target[ids[-2] if len(ids) > 1 else 0, ids[-1]]
-            error = max(error, abs(value - np.log(softmax(raw)[token])))
-            ids.append(token)
-    return error
-
-
-@pytest.mark.parametrize("schedule", ["none", "fixed", "lagged"])
-def test_log_probs_are_the_raw_targets(jagged, schedule):
-    assert worst_log_prob(jagged, schedule) < 1e-4
-
-
-def test_log_probs_of_the_edited_distribution_are_caught(jagged, tmp_path, monkeypatch):
-    scores, honest = export_verify.wide_scores, export_verify.log_probs
-    kept = {}
-
-    def remembered(g, logits, wide_rows, V):
-        kept["scores"], p = scores(g, logits, wide_rows, V)
-        kept["rows"] = wide_rows
-        return kept["scores"], p
-
-    def of_the_edited(g, logits, *more):
-        at = g.op("Unsqueeze", kept["rows"], g.const([1]))
-        return honest(g, g.op("ScatterND", logits, at, kept["scores"]), *more)
-
-    monkeypatch.setattr(export_verify, "wide_scores", remembered)
-    monkeypatch.setattr(export_verify, "log_probs", of_the_edited)
-    assert worst_log_prob(with_verify_graph(jagged, tmp_path)) > 0.1
