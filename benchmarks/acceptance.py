@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-import engines
 from decoding.schedule import Fixed
 
 from . import bundle as bundles
@@ -56,7 +55,13 @@ def measure(
     )
     rule = {"accept": accept} if temperature else {}
     tokens = sum(len(t.tokens) for t in done.timings)
-    return {"temperature": temperature, **rule, "prompts": len(prompts), "output_tokens": tokens, **done.acceptance.as_json()}
+    return {
+        "temperature": temperature,
+        **rule,
+        "prompts": len(prompts),
+        "output_tokens": tokens,
+        **done.acceptance.as_json(),
+    }
 
 
 @app.command()
@@ -78,7 +83,7 @@ def main(
 ) -> None:
     """Decodes every prompt with the whole block verified and counts what is accepted."""
     manifest, console = bundles.ensure(target, draft, bundle, dtype), console_for_tables()
-    opened = engines.load(bundle)
+    opened = bundles.load(bundle)
     longest = opened.bundle.max_context - opened.bundle.draft.block_size - max_tokens
     settings = {"target": manifest["target"]["name"], "dtype": dtype, "max_tokens": max_tokens}
     settings["draft_hash"] = manifest["draft"]["hash"]
@@ -86,7 +91,9 @@ def main(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for path in prompts:
             encoded = [ids for ids in encode(bundle, read_items(path, limit)) if len(ids) <= longest]
-            for degree, rule in ((t, a) for t in map(float, temperature.split(",")) for a in (accept if t else accept[:1])):
+            for degree, rule in (
+                (t, a) for t in map(float, temperature.split(",")) for a in (accept if t else accept[:1])
+            ):
                 task = bar.add_task(f"{path.stem} T={degree:g}", total=len(encoded))
                 row = measure(
                     opened,

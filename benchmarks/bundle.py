@@ -15,8 +15,11 @@ from typing import Annotated
 
 import typer
 
+import engines
 from decoding.schedule import LOAD_AWARE as LOAD_AWARE  # the schedulers that need the bundle's profile
+from engines import BundleError, Engines
 from engines.bundle import FORMAT_VERSION
+from engines.sps import Sps
 
 TARGET = Path("build/models/smollm2-135m-instruct")
 DRAFT = Path("training/heads/smollm2-135m-instruct")
@@ -41,20 +44,8 @@ def ensure(target: Path, draft: Path, bundle: Path, dtype: str) -> dict:
     reason = stale(target, draft, bundle, dtype)
     if reason:
         print(f"export: {reason}; compiling {bundle}", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "export",
-            "--target",
-            target,
-            "--draft",
-            draft,
-            "--out",
-            bundle,
-            "--dtype",
-            dtype,
-        ]
-        if subprocess.run([str(part) for part in command]).returncode:
+        options = ["--target", target, "--draft", draft, "--out", bundle, "--dtype", dtype]
+        if subprocess.run([sys.executable, "-m", "export", *map(str, options)]).returncode:
             fail(f"The export of {bundle} failed; its message is above.")
         reason = stale(target, draft, bundle, dtype)
         if reason:
@@ -79,18 +70,20 @@ def ensure_profile(bundle: Path) -> None:
         fail(f"The profile of {bundle} ended well, but it is refused: {reason}")
 
 
+def load(bundle: Path) -> Engines:
+    """The engines of `bundle`. Raises typer.Exit after one sentence when they cannot be opened."""
+    try:
+        return engines.load(bundle)
+    except BundleError as error:
+        fail(str(error))
+
+
 def unprofiled(bundle: Path) -> str | None:
     """Why the load-aware schedulers cannot run on `bundle` here, one sentence; None when they can."""
-    import engines
-    from engines.sps import Sps
-
-    try:
-        opened = engines.load(bundle)
-    except engines.BundleError as error:
-        fail(str(error))
+    opened = load(bundle)
     try:
         Sps.of(opened)
-    except engines.BundleError as error:
+    except BundleError as error:
         return str(error)
     finally:
         opened.close()

@@ -1,9 +1,11 @@
-"""Where a pass of the target or of the draft backbone spends its time: ONNX Runtime's own profile, summed by operator or node.
+"""Where a pass of the target or of the draft backbone spends its time: ONNX Runtime's own profile, summed by operator
+or node.
 
     python -m benchmarks.profile_ops --bundle B [--engine target] [--case 1x1@128 ...] [--by op|node] [--threads 1]
 
-A case RxQ@C is R requests that feed Q tokens each behind C cached ones. The runtime times every node, which itself costs some
-microseconds a node: compare rows of one table, and take whole passes from `wall ms`, measured without the profile.
+A case RxQ@C is R requests that feed Q tokens each behind C cached ones. The runtime times every node, which itself
+costs some microseconds a node: compare rows of one table, and take whole passes from `wall ms`, measured without the
+profile.
 Knows: the graphs' index tensors, through engines.pack. Refuses to know: models, schedules.
 """
 
@@ -39,7 +41,8 @@ def parse_case(text: str) -> tuple[int, int, int]:
 
 
 def feeds(bundle: Bundle, engine: str, R: int, Q: int, context: int) -> tuple[dict[str, np.ndarray], int]:
-    """Random inputs of one pass by name, and the cache capacity they need. Q: tokens fed, or new context rows of the backbone."""
+    """Random inputs of one pass by name, and the cache capacity they need. Q: tokens fed, or new context rows of the
+    backbone."""
     G, rng = bundle.draft.block_size, np.random.default_rng(0)
     lengths = np.full(R, context, np.int64)
     if engine == "target":
@@ -50,7 +53,9 @@ def feeds(bundle: Bundle, engine: str, R: int, Q: int, context: int) -> tuple[di
         capacity = -(-(context + Q + G) // 64) * 64
         width = len(bundle.draft.layer_ids) * bundle.target.hidden_size
         features = [[rng.standard_normal((Q, width), dtype=np.float32)] for _ in range(R)]
-        batch = pack_backbone(features, np.full(R, Q, np.int64), lengths, np.zeros(R, np.int64), G, capacity, bundle.max_context)
+        batch = pack_backbone(
+            features, np.full(R, Q, np.int64), lengths, np.zeros(R, np.int64), G, capacity, bundle.max_context
+        )
     return {**batch.__dict__, "mask": additive_mask(batch.mask, "float32")}, capacity
 
 
@@ -72,7 +77,8 @@ def bind(session: ort.InferenceSession, values: dict[str, np.ndarray], rows: int
 
 
 def aggregate(events: list[dict], by: str, skip: int) -> list[tuple[str, int, float]]:
-    """ONNX Runtime's trace -> (operator or node, nodes, us a pass), the dearest first; medians over the passes after `skip`."""
+    """ONNX Runtime's trace -> (operator or node, nodes, us a pass), the dearest first; medians over the passes after
+    `skip`."""
     durations, kind = defaultdict(list), {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -87,7 +93,9 @@ def aggregate(events: list[dict], by: str, skip: int) -> list[tuple[str, int, fl
     return sorted(((name, n, us) for name, (n, us) in rows.items()), key=lambda row: -row[2])
 
 
-def measure(bundle: Bundle, engine: str, case: tuple[int, int, int], *, threads: int, passes: int, by: str) -> tuple[float, list]:
+def measure(
+    bundle: Bundle, engine: str, case: tuple[int, int, int], *, threads: int, passes: int, by: str
+) -> tuple[float, list]:
     """(median ms of a pass without the profile, the profile's rows)."""
     values, capacity = feeds(bundle, engine, *case)
     path, rows, wall = str(bundle.folder / bundle.engines[engine].path), [], 0.0
@@ -113,7 +121,9 @@ def measure(bundle: Bundle, engine: str, case: tuple[int, int, int], *, threads:
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder that holds manifest.json.")],
     engine: Annotated[str, typer.Option(help="target or backbone.")] = "target",
-    case: Annotated[list[str], typer.Option(help="RxQ@C: requests, tokens of each, cached tokens; may be repeated.")] = list(CASES),
+    case: Annotated[
+        list[str], typer.Option(help="RxQ@C: requests, tokens of each, cached tokens; may be repeated.")
+    ] = list(CASES),
     by: Annotated[str, typer.Option(help="op: sum by operator; node: every node.")] = "op",
     threads: Annotated[int, typer.Option(help="Intra-op threads; 0 = the physical cores.")] = 0,
     passes: Annotated[int, typer.Option(help="Timed passes of each case.")] = 20,
@@ -127,7 +137,10 @@ def main(
         for text, parsed in zip(case, cases):
             wall, rows = measure(opened, engine, parsed, threads=threads or physical_cores(), passes=passes, by=by)
             total = sum(us for *_, us in rows)
-            print(f"\n{engine} {text}: {wall:.2f} wall ms a pass, {sum(n for _, n, _ in rows)} nodes; profiled {total / 1e3:.2f} ms")
+            print(
+                f"\n{engine} {text}: {wall:.2f} wall ms a pass, {sum(n for _, n, _ in rows)} nodes; "
+                f"profiled {total / 1e3:.2f} ms"
+            )
             for name, nodes, us in rows[:top]:
                 print(f"  {name:44} {nodes:5} x {us / nodes:9.1f} us = {us / 1e3:8.3f} ms {us / total:6.1%}")
     except (ValueError, BundleError) as error:

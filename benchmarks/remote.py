@@ -76,27 +76,43 @@ def ask(
 
 
 def steady(url: str, items: Sequence[Item], plan: Plan, *, speculative: bool = True) -> dict:
-    """One window of the load (benchmarks/steady.py): a thread a user, a stream a request. Returns Window.summary().
+    """One window of the load (benchmarks/steady.py): a thread a user, a stream a request, on connections that are kept.
 
-    Raises the ClientError of the first request that failed.
+    Returns Window.summary() with `even_rate` as total_tok_s. Raises the ClientError of the first request that failed.
     """
-    client, window, failures = Client(url), Window(plan), []
+    window, failures = Window(plan), []
 
-    def user() -> None:
+    def user(client: Client) -> None:
         try:
             while window.closed is None and not failures:
                 _answer(client, items, window, plan, speculative)
         except ClientError as error:
             failures.append(error)
 
-    users = [threading.Thread(target=user, daemon=True) for _ in range(plan.concurrency)]
-    for thread in users:
-        thread.start()
-    for thread in users:
-        thread.join()
+    with Client(url) as client:
+        users = [threading.Thread(target=user, args=(client,), daemon=True) for _ in range(plan.concurrency)]
+        for thread in users:
+            thread.start()
+        for thread in users:
+            thread.join()
     if failures:
         raise failures[0]
-    return window.summary()
+    return window.summary() | {"total_tok_s": even_rate(window.arrivals, window.opened, window.closed)}
+
+
+def even_rate(requests: Sequence[Sequence[tuple[float, int]]], opened: float, closed: float) -> float:
+    """Tokens a second between two moments, from each request's arrivals (time, tokens), those after `closed` included.
+
+    A response holds the tokens of the time since the one before it, evenly. Counted at their arrival they would come up
+    to a whole response too late: the window opens with first tokens, which never wait, and would lose what is held at
+    its end.
+    """
+    tokens = 0.0
+    for arrivals in requests:
+        tokens += sum(n for t, n in arrivals[:1] if opened < t <= closed)
+        for (a, _), (b, n) in zip(arrivals, arrivals[1:]):
+            tokens += n * max(0.0, min(b, closed) - max(a, opened)) / max(b - a, 1e-9)
+    return tokens / (closed - opened)
 
 
 def _answer(client: Client, items: Sequence[Item], window: Window, plan: Plan, speculative: bool) -> None:

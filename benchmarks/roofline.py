@@ -6,8 +6,8 @@ Nothing here is a measurement. A step of N packed tokens of R requests, each wit
     max(bytes read / bandwidth, operations / compute) + layers x (launch + exchange between cards) + host
 
 bytes = weights touched (all dense ones; of the experts those that N tokens reach) + R x C x cache bytes a token;
-operations = 2 x active parameters x N' + attention's 4 x N x C x heads x head size x layers, with N' = N rounded up to the
-CUDA-graph bucket it replays in (that is what makes the table jagged). Both peaks are derated by `EFFICIENCY`.
+operations = 2 x active parameters x N' + attention's 4 x N x C x heads x head size x layers, with N' = N rounded up to
+the CUDA-graph bucket it replays in (that is what makes the table jagged). Both peaks are derated by `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ MODELS = {
         Model("Qwen3-4B", 36, 2560, 4.02, kv(36, 8, 128), 32 * 128, draft=0.5 + 0.39 + 0.08, draft_layers=5),
         Model("Qwen3-8B", 36, 4096, 7.57, kv(36, 8, 128), 32 * 128, draft=0.96 + 0.62 + 0.08, draft_layers=5),
         Model("Qwen3-14B", 40, 5120, 13.99, kv(40, 8, 128), 40 * 128, draft=1.65 + 0.78 + 0.08, draft_layers=5),
-        # Gemma4-12B: 48 layers after the reference's layer ids; the rest assumed like Gemma 3 12B (5 of 6 layers see 1,024).
+        # Gemma4-12B: 48 layers after the reference's layer ids; the rest assumed like Gemma 3 12B (5 of 6 layers see
+        # 1,024).
         Model("Gemma4-12B", 48, 3840, 11.8, kv(48, 8, 256), 16 * 256, draft=1.15 + 1.0 + 0.13, draft_layers=5, reach=0.45),
-        # DeepSeek-V4-Flash: 284 B total, 13 B active, 43 layers, 6 of 256 experts and a shared one; FP4 experts, FP8 rest; one
-        # shared latent of 512 a position, compressed 4 and 128 times in most layers. A group of 8 cards.
+        # DeepSeek-V4-Flash: 284 B total, 13 B active, 43 layers, 6 of 256 experts and a shared one; FP4 experts, FP8
+        # rest; one shared latent of 512 a position, compressed 4 and 128 times in most layers. A group of 8 cards.
         Model("DeepSeek-V4-Flash", 43, 4096, 6.6, 43 * 512 * 1.0, 64 * 512, draft=1.3, draft_layers=3, weight_bytes=0.56,
               expert=43 * 3 * 4096 * 2048 / 1e9, experts=256, routed=6, cards=8, fp8=True, reach=0.15),
     )
@@ -114,7 +115,8 @@ def bucket(tokens: ndarray) -> ndarray:
 
 
 def target_ms(gpu: Gpu, model: Model, requests: float, tokens: ndarray, context: float) -> ndarray:
-    """[...] ms of a verify step of `tokens` [...] packed tokens of `requests` requests with `context` positions each."""
+    """[...] ms of a verify step of `tokens` [...] packed tokens of `requests` requests with `context` positions
+    each."""
     tokens = np.asarray(tokens, float)
     return _ms(gpu, model, requests, tokens, context, model.touched(tokens), model.active, model.layers) + HOST_MS
 

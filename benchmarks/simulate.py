@@ -63,7 +63,9 @@ def table(gpu: roofline.Gpu, model: roofline.Model, block: int, slots: int) -> S
     sizes = np.unique(np.concatenate([sizes, sizes[:-1] + 1]))
     for context in CONTEXTS:
         for r in requests:
-            tokens = np.unique(np.concatenate([[r, r * (1 + block) + 2048], sizes[(sizes > r) & (sizes < r * (1 + block) + 2048)]]))
+            tokens = np.unique(
+                np.concatenate([[r, r * (1 + block) + 2048], sizes[(sizes > r) & (sizes < r * (1 + block) + 2048)]])
+            )
             ms = roofline.target_ms(gpu, model, r, tokens, context)
             target += [(r, int(n), context, float(t)) for n, t in zip(tokens, ms)]
             draft.append((r, context, roofline.draft_ms(gpu, model, r, context, block)))
@@ -94,10 +96,14 @@ def cell(name: str, card: str, users: int, rollouts: Path, seconds: float, modes
 
 @app.command()
 def main(
-    rollouts: Annotated[Path, typer.Option(help="npz of `python -m decoding record`")] = Path("benchmarks/rollouts.npz"),
+    rollouts: Annotated[Path, typer.Option(help="npz of `python -m decoding record`")] = Path(
+        "benchmarks/rollouts.npz"
+    ),
     only: Annotated[Optional[str], typer.Option(help="one model's name")] = None,
     users: Annotated[str, typer.Option(help="comma-separated closed-loop users")] = ",".join(map(str, USERS)),
-    rates: Annotated[str, typer.Option(help="shares of lagged's closed-loop peak that Poisson arrivals offer")] = "0.3,0.6,0.9",
+    rates: Annotated[
+        str, typer.Option(help="shares of lagged's closed-loop peak that Poisson arrivals offer")
+    ] = "0.3,0.6,0.9",
     seconds: Annotated[float, typer.Option(help="simulated seconds of a cell")] = 120.0,
     out: Path = Path("build/simulation.json"),
     images: Path = Path("docs/images"),
@@ -150,9 +156,13 @@ def draw(result: dict, folder: Path) -> list[Path]:
         rows, per = groups[key], groups[key][0]["cards"]
         users = [r["users"] for r in rows]
         for mode in MODES:
-            column[0].plot(users, [r[mode]["total_tok_s"] / per for r in rows], "o-", ms=3, color=colours[mode], label=mode)
+            column[0].plot(
+                users, [r[mode]["total_tok_s"] / per for r in rows], "o-", ms=3, color=colours[mode], label=mode
+            )
             if mode != "none":
-                column[1].plot(users, [1 + r[mode]["verified_per_round"] for r in rows], "o-", ms=3, color=colours[mode])
+                column[1].plot(
+                    users, [1 + r[mode]["verified_per_round"] for r in rows], "o-", ms=3, color=colours[mode]
+                )
         column[0].set(title=f"{key[0]}, {key[1]}" + (f" x {per}" if per > 1 else ""), xscale="log", yscale="log")
         column[1].set(xlabel="concurrent requests", xscale="log")
     axes[0][0].set_ylabel("output tok/s a card (simulated)")

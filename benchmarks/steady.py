@@ -67,6 +67,11 @@ class Window:
         self.tokens = 0  # inside
         self._lock = threading.Lock()
 
+    @property
+    def arrivals(self) -> list[list[tuple[float, int]]]:
+        """(time, tokens) of each request's responses, those outside the window included."""
+        return [r.arrivals for r in self._requests]
+
     def submit(self, now: float) -> int:
         """Number of the request that a user sends now."""
         with self._lock:

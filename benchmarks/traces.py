@@ -1,7 +1,8 @@
 """Acceptance traces for the simulator: recorded rounds of a real head, as they were or shifted to another strength.
 
 Knows: the file that `python -m decoding record` writes, and the small one made of it for the repository
-(`python -m benchmarks.traces build/calibration/rollouts.npz benchmarks/rollouts.npz`). Refuses to know: engines, schedulers, time.
+(`python -m benchmarks.traces build/calibration/rollouts.npz benchmarks/rollouts.npz`). Refuses to know: engines,
+schedulers, time.
 Legend: B recorded rounds, G block size of the simulated draft, n rounds taken at once.
 """
 
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-# Acceptance lengths (bonus included) of released block-7 heads for Qwen3-4B at temperature 1 that the DSpark paper reports:
-# GSM8K and MATH (maths), MBPP and HumanEval (code), MT-Bench, Alpaca and Arena-Hard (chat), averaged.
+# Acceptance lengths (bonus included) of released block-7 heads for Qwen3-4B at temperature 1 that the DSpark paper
+# reports: GSM8K and MATH (maths), MBPP and HumanEval (code), MT-Bench, Alpaca and Arena-Hard (chat), averaged.
 PAPER_LENGTHS = {"maths": 5.9, "code": 5.25, "chat": 3.49}
 PAPER_BLOCK = 7
 
@@ -25,7 +26,8 @@ def sigmoid(x: ndarray) -> ndarray:
 
 @dataclass(frozen=True)
 class Traces:
-    """confidence [B, G] float64, calibrated; accepted [B] of a fully verified block; pools: kind -> (first, last + 1)."""
+    """confidence [B, G] float64, calibrated; accepted [B] of a fully verified block; pools: kind -> (first, last +
+    1)."""
 
     confidence: ndarray
     accepted: ndarray
@@ -56,8 +58,11 @@ def load(path: Path, temperature: float = 1.0) -> tuple[ndarray, ndarray, ndarra
         return raw["confidence_logits"][order].astype(float), raw["accepted"][order].astype(int), raw["kind"][order]
 
 
-def recorded(path: Path, temperatures: ndarray | None = None, bias: ndarray | float = 0.0, temperature: float = 1.0) -> Traces:
-    """The rounds as they were: our head's confidences (by its calibration: z / T + bias) and what was really accepted."""
+def recorded(
+    path: Path, temperatures: ndarray | None = None, bias: ndarray | float = 0.0, temperature: float = 1.0
+) -> Traces:
+    """The rounds as they were: our head's confidences (by its calibration: z / T + bias) and what was really
+    accepted."""
     logits, accepted, kind = load(path, temperature)
     if temperatures is not None:
         logits = logits / np.asarray(temperatures) + bias
@@ -66,7 +71,8 @@ def recorded(path: Path, temperatures: ndarray | None = None, bias: ndarray | fl
 
 
 def shifted(path: Path, block: int, lengths: dict[str, float] = PAPER_LENGTHS, seed: int = 0) -> Traces:
-    """The recorded confidences, their logits raised kind by kind until full blocks of PAPER_BLOCK reach `lengths`, cut to `block`.
+    """The recorded confidences, their logits raised kind by kind until full blocks of PAPER_BLOCK reach `lengths`, cut
+    to `block`.
 
     Keeps what a trace has and a formula has not: the spread between easy and hard places and their runs. Acceptance is
     drawn anew from the shifted confidences, so these are calibrated by construction; slots past the recorded block
@@ -83,12 +89,16 @@ def shifted(path: Path, block: int, lengths: dict[str, float] = PAPER_LENGTHS, s
         for _ in range(60):
             shift = (low + high) / 2
             c = sigmoid(logits[first:last, :width] + shift)
-            low, high = (shift, high) if 1 + np.cumprod(c[:, :PAPER_BLOCK], 1).sum(1).mean() < lengths[name] else (low, shift)
+            low, high = (
+                (shift, high) if 1 + np.cumprod(c[:, :PAPER_BLOCK], 1).sum(1).mean() < lengths[name] else (low, shift)
+            )
         confidence[first:last] = c
     confidence = confidence[:, :block]
     passed = np.random.default_rng(seed).random(confidence.shape) < confidence
     wanted = ", ".join(f"{name} {length:g}" for name, length in lengths.items())
-    return Traces(confidence, np.cumprod(passed, 1).sum(1), pools, f"recorded, shifted to {wanted} at block {PAPER_BLOCK}")
+    return Traces(
+        confidence, np.cumprod(passed, 1).sum(1), pools, f"recorded, shifted to {wanted} at block {PAPER_BLOCK}"
+    )
 
 
 def _pools(kind: ndarray) -> dict[str, tuple[int, int]]:
@@ -97,7 +107,8 @@ def _pools(kind: ndarray) -> dict[str, tuple[int, int]]:
 
 
 def pack(source: Path, out: Path, most: int = 6000) -> None:
-    """Writes the rounds at temperature 1 of at most `most` rounds, whole requests, as the small file that is shipped."""
+    """Writes the rounds at temperature 1 of at most `most` rounds, whole requests, as the small file that is
+    shipped."""
     with np.load(source, allow_pickle=False) as raw:
         requests, counts = np.unique(raw["request"][np.isclose(raw["temperature"], 1.0)], return_counts=True)
         chosen = requests[np.cumsum(counts) <= most]

@@ -14,14 +14,22 @@ from typing import Annotated
 import numpy as np
 import typer
 
-import engines
 from decoding.random import gumbel
 from engines.base import VerifyBatch
 
+from . import bundle as bundles
 from .common import console_for_tables, rich_table, write_result
 
 TITLE = "Verify: ms of a round, whole blocks (n = G), random logits; {rounds} interleaved rounds, medians"
-KINDS = ("greedy", "greedy + log-probs", "greedy + 200 edits", "rejection", "rejection + top_p", "coupled", "coupled + top_p")
+KINDS = (
+    "greedy",
+    "greedy + log-probs",
+    "greedy + 200 edits",
+    "rejection",
+    "rejection + top_p",
+    "coupled",
+    "coupled + top_p",
+)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -43,7 +51,9 @@ def batch(bundle, kind: str, R: int, rng: np.random.Generator) -> VerifyBatch:
         edits = np.arange(min(200, V))
         at = np.stack([every.repeat(len(edits)), np.tile(edits, M)], axis=1)
         ones = np.ones(len(at), f32)
-        return replace(b, match_rows=every, noise=np.zeros((M, V), f32), edit_at=at, edit_scale=1.2 * ones, edit_add=-ones)
+        return replace(
+            b, match_rows=every, noise=np.zeros((M, V), f32), edit_at=at, edit_scale=1.2 * ones, edit_add=-ones
+        )
     if "coupled" in kind:
         b = replace(b, match_rows=every, noise=np.stack([gumbel(0, i, np.empty(V, f32)) for i in every]))
     else:
@@ -64,13 +74,13 @@ def batch(bundle, kind: str, R: int, rng: np.random.Generator) -> VerifyBatch:
 
 @app.command()
 def main(
-    bundle: Path = Path("build/bundles/smollm2-135m-instruct-int8"),
+    bundle: Path = bundles.BUNDLE,
     requests: Annotated[str, typer.Option(help="requests of a round")] = "1,4,16",
     rounds: int = 15,
     out: Path = Path("build/verdicts.json"),
 ) -> None:
     """Times every kind in turn, in calls of at most the engine's verify_rows rows, as the judge makes them."""
-    opened, rng, rows = engines.load(bundle), np.random.default_rng(0), []
+    opened, rng, rows = bundles.load(bundle), np.random.default_rng(0), []
     counts, slots = [int(r) for r in requests.split(",")], opened.bundle.draft.block_size + 1
     most = max(1, (opened.verify_rows or 1 << 30) // slots)
     for R in counts:
@@ -88,7 +98,14 @@ def main(
                     spent[kind].append(1e3 * (perf_counter() - started))
                 assert result.complete.all()
         for kind in KINDS:
-            rows.append({"requests": R, "kind": kind, "ms": median(spent[kind]), "us_a_row": 1e3 * median(spent[kind]) / (R * slots)})
+            rows.append(
+                {
+                    "requests": R,
+                    "kind": kind,
+                    "ms": median(spent[kind]),
+                    "us_a_row": 1e3 * median(spent[kind]) / (R * slots),
+                }
+            )
     console = console_for_tables()
     columns = (
         ("requests", lambda r: str(r["requests"])), ("kind", lambda r: r["kind"]), ("ms", lambda r: f"{r['ms']:.2f}"),

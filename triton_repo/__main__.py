@@ -25,7 +25,7 @@ Profile = Annotated[str, typer.Option(help="Measure step times at the start: nev
 MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
 TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]
-ResponseMs = Annotated[int, typer.Option(help="Least ms between two responses of a request; 0: one a round.")]
+ResponseMs = Annotated[int, typer.Option(help="Least ms between two responses of a request on a core; 0: one a round.")]
 
 
 @app.command("build")

@@ -16,6 +16,7 @@ from .metrics import Metrics
 from .repository import Settings
 from .service import Service, Traces
 
+AT_ONCE = 64  # with engines that leave the CPU alone: requests that the sender answers at full pace (0.3 ms each)
 PROFILE_SECONDS = 30.0  # of a profile at the start, about
 
 
@@ -53,7 +54,9 @@ def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, sa
         ledger.close()
 
     interval = settings.response_ms / 1e3
-    return Service(make_loop, block_size=block_size, observer=metrics, progress=ledger, interval=interval, on_close=close)
+    cores = len(os.sched_getaffinity(0)) if engines.provider == "CPUExecutionProvider" else AT_ONCE
+    options = dict(observer=metrics, progress=ledger, interval=interval, cores=cores, on_close=close)
+    return Service(make_loop, block_size=block_size, **options)
 
 
 def speed_table(engines, settings: Settings, say: Callable[[str], None]):

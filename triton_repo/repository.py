@@ -29,8 +29,8 @@ class Settings:
     nothing more is verified; accept: rule of requests that name none; profile: when the server measures the SPS
     table at its start that `causal` and `lagged` need (never: a missing or foreign one is an error; missing:
     then; always); max_requests: requests decoded together; token_budget: tokens a round; threads: of the engines
-    (0 = they choose); response_ms: least milliseconds between two responses of a request (0 = one a round; the first
-    and the last tokens never wait).
+    (0 = they choose); response_ms: least milliseconds between two responses of a request while there is no more than one
+    request a core, in proportion more with more (0 = one a round; the first and the last tokens never wait).
     """
 
     schedule: str = "lagged"

@@ -1,4 +1,4 @@
-"""Requests in, a response per request and round out: the engine thread decodes, the sender thread answers.
+"""Requests in, responses out: the engine thread decodes, the sender thread answers, in bursts.
 
 Knows: the decoding loop's interface (only the engine thread touches it) and the bookkeeping of a response. Refuses to
 know: Triton (a Sink sends), text (postprocessing), what a round does (decoding).
@@ -14,6 +14,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -116,10 +117,15 @@ class _Tally:
     drafted: int = 0
     heard: float = field(default_factory=time.monotonic)
     last_token: float | None = None
-    sent: float = float("-inf")  # when the last response with tokens went out, monotonic seconds
+    begun: bool = False  # its first tokens are out
     held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up, or for their time
     held_log_probs: list[float] = field(default_factory=list)
     held_reason: str | None = None  # None: nothing is held
+
+    @property
+    def urgent(self) -> bool:
+        """Holds the first or the last tokens."""
+        return bool(self.held_reason or (self.held and not self.begun))
 
 
 class Service:
@@ -128,8 +134,10 @@ class Service:
     make_loop(observer) -> decoding Loop that shows its rounds to `observer` as well; called again after a round failed,
     since the failed loop's state is unknown.
     block_size: G of the draft. progress: for requests that go on to postprocessing (those with settings); they keep at
-    most WINDOW rounds under way. interval: least seconds between two responses of a request (its first and its last
-    tokens never wait): a response costs four processes some CPU each, which the rounds want too.
+    most WINDOW rounds under way. Responses go out in bursts, one for every request that has new tokens; its first and
+    its last tokens never wait. interval: least seconds between two bursts with up to `cores` requests that are being
+    answered; with more it grows in proportion. A response costs four processes 2 to 3 ms of CPU in all, which the rounds
+    want too: so never more than 1 / interval of them a second and core.
     on_close: called by close() when both threads have ended.
     """
 
@@ -141,14 +149,17 @@ class Service:
         observer: Observer | None = None,
         progress: Progress | None = None,
         interval: float = 0.0,
+        cores: int = 1,
         on_close: Callable[[], None] = lambda: None,
     ):
         self._make_loop, self._block_size, self._observer = make_loop, block_size, observer
-        self._progress, self._on_close, self._interval = progress, on_close, interval
+        self._progress, self._on_close, self._interval, self._cores = progress, on_close, interval, cores
+        self._due = float("-inf")  # when the next burst may go out, monotonic seconds
         self._traces, self._probes = Traces(), 0
         self._loop = make_loop(self._traces)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._outbox: deque[tuple] = deque()  # from the engine thread to the sender, which sleeps until it is woken
+        self._wake = threading.Event()
         self._uids = itertools.count(secrets.randbits(48) << 8)  # of this process: a restarted engine never repeats one
         self._lock = threading.Lock()
         self._in_flight: set[int] = set()
@@ -210,21 +221,29 @@ class Service:
                 outputs = self._loop.step()
             except Exception as error:  # one bad round must not end the service
                 log.exception("A decoding round failed")
-                self._outbox.put(("failed", tuple(live), f"The decoding round failed: {type(error).__name__}: {error}"))
+                self._tell("failed", tuple(live), f"The decoding round failed: {type(error).__name__}: {error}")
                 live.clear()
                 self._traces.clear()
                 self._probes, self._loop = 0, self._make_loop(self._traces)
                 continue
             live.difference_update(o.request_id for o in outputs if o.finish_reason)
-            self._outbox.put(("step", self._report(outputs, started)))
-        self._outbox.put(("failed", tuple(live), "The model is being unloaded."))
-        self._outbox.put(("close",))
+            # The tokens of a round that nobody waits for now are left for the next burst.
+            urgent = any(o.finish_reason or o.stats is None for o in outputs)
+            self._tell("step", self._report(outputs, started), wake=urgent or time.monotonic() >= self._due)
+        self._tell("failed", tuple(live), "The model is being unloaded.")
+        self._tell("close")
+
+    def _tell(self, *news, wake: bool = True) -> None:
+        self._outbox.append(news)
+        if wake:
+            self._wake.set()
 
     def _report(self, outputs: list, started: float) -> Step:
         loop, now = self._loop, time.perf_counter()
         traces, probes = self._traces[:], loop.metrics.probes - self._probes
         self._traces.clear()
         self._probes += probes
+        self._waiting = loop.waiting
         counts = (loop.active, loop.waiting, loop.cached_tokens, loop.engines.cache_bytes)
         return Step(outputs, now, now - started, *counts, probes, traces)
 
@@ -241,15 +260,15 @@ class Service:
                 self._cancel(command[1], live)
                 continue
             _, uid, prompt_ids, params, sink, settings, submitted = command
-            self._outbox.put(("admitted", uid, sink, settings, len(prompt_ids), submitted))
+            self._tell("admitted", uid, sink, settings, len(prompt_ids), submitted)
             try:
                 self._loop.add(Request(uid, prompt_ids, params))
                 live.add(uid)
             except RequestError as error:
-                self._outbox.put(("failed", (uid,), str(error), "refused"))
+                self._tell("failed", (uid,), str(error), "refused")
             except Exception as error:
                 log.exception("A request could not be added")
-                self._outbox.put(("failed", (uid,), f"The request could not be added: {type(error).__name__}: {error}"))
+                self._tell("failed", (uid,), f"The request could not be added: {type(error).__name__}: {error}")
 
     def _cancel(self, uid: int, live: set[int]) -> None:
         if uid in live:
@@ -268,21 +287,20 @@ class Service:
             self._heartbeat(tallies)
 
     def _patience(self, tallies: dict[int, _Tally]) -> float | None:
-        """Seconds to wait for news: for ever with nobody to answer."""
+        """Seconds to wait for news: for ever with nobody to answer, else until a burst is due (then the engine thread
+        wakes the sender); with something held back even so, until postprocessing may have caught up."""
         if not tallies:
             return None
-        due = [t.sent + self._interval for t in tallies.values() if t.held_reason is not None]
-        return min(max(min(due) - time.monotonic(), SHORT_WAIT), LONG_WAIT) if due else LONG_WAIT
+        left = self._due - time.monotonic()
+        if any(t.urgent or (left <= 0 and t.held_reason is not None) for t in tallies.values()):
+            return SHORT_WAIT
+        return LONG_WAIT if left <= 0 else min(left, LONG_WAIT)
 
     def _news(self, wait: float | None) -> list[tuple]:
         """All that the engine thread has said, after waiting for it up to `wait` seconds."""
-        news = []
-        try:
-            news.append(self._outbox.get(timeout=wait))
-            while True:
-                news.append(self._outbox.get_nowait())
-        except queue.Empty:
-            return news
+        self._wake.wait(wait)
+        self._wake.clear()  # before the outbox is emptied: what comes meanwhile wakes again
+        return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
     def _note(self, tallies: dict[int, _Tally], kind: str, *rest) -> None:
         if kind == "admitted":
@@ -296,7 +314,6 @@ class Service:
                 self._fail(tallies.pop(uid, None), uid, message, *reason)
         else:
             (step,) = rest
-            self._waiting = step.waiting
             for output in step.outputs:
                 self._answer(tallies, output, step.at)
             self._observe("step", step)
@@ -332,15 +349,21 @@ class Service:
     def _catch_up(self, tallies: dict[int, _Tally]) -> None:
         """Sends what is held for the requests whose earlier rounds have been handled, and whose time has come."""
         now = time.monotonic()
+        due, sent = now >= self._due, False
         for uid, tally in list(tallies.items()):
             if tally.held_reason is None or self._under_way(uid, tally) >= WINDOW:
                 continue
-            if not tally.held_reason and now < tally.sent + self._interval:
+            if not (due or tally.urgent):
                 continue
-            reason = tally.held_reason
+            reason, sent = tally.held_reason, True
             self._respond(uid, tally, reason)
             if reason:
                 del tallies[uid]
+        if due and sent:
+            self._due = now + self._pace(sum(t.begun for t in tallies.values()))
+
+    def _pace(self, requests: int) -> float:
+        return self._interval * max(1.0, requests / self._cores)
 
     def _under_way(self, uid: int, tally: _Tally) -> int:
         return tally.index - self._progress.read(uid) if self._progress is not None and tally.settings else 0
@@ -361,8 +384,7 @@ class Service:
             settings=tally.settings if tally.index == 0 else "",
         )
         tally.heard = time.monotonic()
-        if tally.held:
-            tally.sent = tally.heard
+        tally.begun |= bool(tally.held)
         tally.held, tally.held_log_probs, tally.held_reason = [], [], None
         tally.index += 1
         self._guard(tally.sink.send, response, final=bool(finish_reason))
@@ -371,7 +393,8 @@ class Service:
 
     def _heartbeat(self, tallies: dict[int, _Tally]) -> None:
         """An empty response to requests that wait or prefill: who left is only noticed on a response's way out."""
-        now, pause = time.monotonic(), HEARTBEAT_SECONDS * max(1, len(tallies) / 16)
+        now = time.monotonic()
+        pause = max(HEARTBEAT_SECONDS * max(1, len(tallies) / 16), self._pace(len(tallies)))
         for uid, tally in tallies.items():
             if now - tally.heard >= pause and not self._under_way(uid, tally):
                 self._respond(uid, tally, "")

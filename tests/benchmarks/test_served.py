@@ -129,3 +129,12 @@ def test_readme_client_lines_stream_the_answer(server):
         exec(compile(code.replace("127.0.0.1:8001", server.grpc_url), "README.md", "exec"), {})
     want = Client(server.grpc_url).generate("Why is the sky blue?").text
     assert want and shown.getvalue() == want
+
+
+def test_even_rate_spreads_a_response_over_the_time_since_the_one_before():
+    every_half_second = [(0.0, 1), *[(0.5 * i, 5) for i in range(1, 9)]]  # 10 tokens a second
+    assert remote.even_rate([every_half_second], 0.3, 3.7) == pytest.approx(10.0)
+    assert remote.even_rate([every_half_second] * 3, 0.5, 2.0) == pytest.approx(30.0)
+    begun_inside = [(1.0, 1), (2.0, 8)]
+    assert remote.even_rate([begun_inside], 0.0, 1.5) == pytest.approx((1 + 4) / 1.5)
+    assert remote.even_rate([[(3.0, 1)], []], 0.0, 2.0) == 0.0

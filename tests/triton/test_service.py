@@ -115,6 +115,39 @@ def test_an_interval_holds_back_all_but_the_first_and_the_last_tokens(service):
     assert len(first.output_ids) == 1 and last.num_rounds == 59 and last.finish_reason == "length"
 
 
+
+def test_the_requests_of_a_burst_get_their_tokens_together(service, spies):
+    class Clocked(Sink):
+        def send(self, response, *, final):
+            log.append((self, len(response.output_ids), final))
+            super().send(response, final=final)
+
+    log, sinks = [], [Clocked(), Clocked()]
+    each = service(interval=0.02)
+    spies[0].gate.clear()  # both begin in one round, and end in one
+    for sink in sinks:
+        each.submit(IDS, params(1000, speculative=False), sink)
+    spies[0].gate.set()
+    assert all(sink.over.wait(120) for sink in sinks)
+    between = [sink for sink, tokens, final in log if tokens > 1 and not final]
+    assert between and all({a, b} == set(sinks) for a, b in zip(between[::2], between[1::2]))
+
+
+@pytest.mark.parametrize(
+    "requests, cores, seconds", [(0, 2, 0.05), (2, 2, 0.05), (8, 2, 0.2), (16, 2, 0.4), (16, 16, 0.05)]
+)
+def test_the_interval_grows_with_the_requests_a_core(service, requests, cores, seconds):
+    assert service(interval=0.05, cores=cores)._pace(requests) == pytest.approx(seconds)
+
+
+def test_the_sender_sleeps_through_rounds_that_nobody_waits_for(service):
+    each, sink, looks = service(interval=1000.0), Sink(), []
+    news = each._news
+    each._news = lambda wait: looks.append(wait) or news(wait)
+    each.submit(IDS, params(400, speculative=False), sink)
+    assert sink.over.wait(60) and len(sink.ids) == 400
+    assert len(looks) < 100  # 400 rounds; it also looks every LONG_WAIT seconds
+
 def test_stop_frees_the_row_within_a_round(service, spies):
     each = service()
     sink, other = Sink(), Sink()

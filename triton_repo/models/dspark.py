@@ -1,4 +1,4 @@
-"""Triton model `dspark` (decoupled): one response per request and decoding round (triton_repo/service.py).
+"""Triton model `dspark` (decoupled): responses with the tokens of one decoding round or more (triton_repo/service.py).
 
 Besides requests it takes control calls, told by their input: `stop` + `uid` cancels a request, `drain` refuses new
 ones; both answer with the number of requests that are active and waiting.

@@ -16,7 +16,9 @@ from triton_repo.postprocessing import Postprocessor
 from triton_repo.repository import bundle_folder
 from triton_repo.tensors import stop_arrays, unpack_round, write
 
-ASK_SECONDS = 0.2  # between two questions whether a request's client has left: each is a message to the server and back
+# Seconds between two questions whether a request's client has left (each is a message to the server and back): at
+# least the first, and the second for each request.
+ASK_SECONDS, ASK_SHARE = 0.2, 0.05
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -50,7 +52,7 @@ class TritonPythonModel:
         if r.finish_reason:
             self.asked.pop(r.uid, None)
             return False  # it is over: nothing to stop
-        if now - self.asked.get(r.uid, 0.0) < ASK_SECONDS:
+        if now - self.asked.get(r.uid, 0.0) < max(ASK_SECONDS, ASK_SHARE * len(self.asked)):
             return False
         self.asked[r.uid] = now
         return request.is_cancelled()
