@@ -10,8 +10,9 @@ MODEL := build/models/smollm2-135m-instruct
 HEAD := training/heads/smollm2-135m-instruct
 TARGET ?= $(MODEL)
 DRAFT ?= $(HEAD)
-DTYPE ?= int8
-BUNDLE ?= build/bundles/$(NAME)-$(DTYPE)
+BACKEND ?= onnxruntime
+DTYPE ?= $(if $(filter onnxruntime,$(BACKEND)),int8,fp16)
+BUNDLE ?= build/bundles/$(NAME)$(if $(filter onnxruntime,$(BACKEND)),,-$(BACKEND))-$(DTYPE)
 PROMPTS ?=
 QUICK ?=
 HTTP_PORT ?= 8000
@@ -32,7 +33,7 @@ STAMP := $(VENV)/.installed
 NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve data train profile calibrate bench acceptance equality peers clean
+.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance equality peers clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -42,7 +43,8 @@ help: ## list the targets and the variables
 	@echo "  TORCH_INDEX=                extra package index URL for torch (a CPU-only wheel is 10 times smaller)"
 	@echo "  TARGET=$(TARGET)   Hugging Face folder of the target model"
 	@echo "  DRAFT=$(DRAFT)    DeepSpec folder of the DSpark head"
-	@echo "  DTYPE=$(DTYPE)                  fp32 or int8"
+	@echo "  BACKEND=$(BACKEND)         of make export: onnxruntime, tensorrt, tensorrt-rtx or auto (whichever TensorRT is there)"
+	@echo "  DTYPE=$(DTYPE)                  fp32 or int8; with a TensorRT fp16 or bf16"
 	@echo "  BUNDLE=$(BUNDLE)"
 	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"
 	@echo "  QUICK=1                     a small grid of make bench"
@@ -77,7 +79,7 @@ test: model ## the default test suite (ARGS="-m slow" for the slow part)
 	@$(PY) -m pytest -q $(ARGS)
 
 export: $(NEEDS) ## compile TARGET and DRAFT into BUNDLE
-	@$(PY) -m export --target $(TARGET) --draft $(DRAFT) --out $(BUNDLE) --dtype $(DTYPE) $(ARGS)
+	@$(PY) -m export --target $(TARGET) --draft $(DRAFT) --out $(BUNDLE) --backend $(BACKEND) --dtype $(DTYPE) $(ARGS)
 
 serve: $(NEEDS) ## serve BUNDLE on a real Triton server until Ctrl-C
 	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)

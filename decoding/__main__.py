@@ -15,6 +15,7 @@ import engines
 from engines import BundleError
 
 from . import audit as audits
+from .checks import as_json, show, verdict
 from .compare import compare as compare_runs
 from .generate import load_tokenizer, read_answers, run
 from .loop import Loop
@@ -66,7 +67,9 @@ def generate(
         raise _fail(error) from None
     if report:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps({"bundle": str(bundle), "schedule": schedule, "accept": accept, **summary}, indent=1) + "\n")
+        report.write_text(
+            json.dumps({"bundle": str(bundle), "schedule": schedule, "accept": accept, **summary}, indent=1) + "\n"
+        )
     print(
         f"{summary['requests']} requests ({summary['refused']} failed), {summary['output_tokens']} tokens in "
         f"{summary['seconds']:.1f} s, {summary['tokens_per_second']:.1f} tok/s, acceptance length "
@@ -102,7 +105,9 @@ def compare(
         loaded = engines.load(bundle, threads=threads)
         defaults = SamplingParams(max_tokens, ignore_eos=ignore_eos)
         answers = read_answers(prompts, load_tokenizer(loaded), defaults)
-        result = compare_runs(loaded, answers[: limit or None], sizes, for_engines(loaded, schedule, threshold), near_tie)
+        result = compare_runs(
+            loaded, answers[: limit or None], sizes, for_engines(loaded, schedule, threshold), near_tie
+        )
     except (BundleError, OSError, ValueError) as error:
         raise _fail(error) from None
     print(json.dumps(result, indent=1))
@@ -150,8 +155,8 @@ def record(
     except (BundleError, OSError, ValueError) as error:
         raise _fail(error) from None
     print(
-        f"{meta['rounds']:,} rounds in {meta['seconds']:.0f} s, {meta['finished']} of {meta['requests']} requests ended, acceptance length "
-        f"{meta['acceptance_length']:.2f}: {output}",
+        f"{meta['rounds']:,} rounds in {meta['seconds']:.0f} s, {meta['finished']} of {meta['requests']} requests ended, "
+        f"acceptance length {meta['acceptance_length']:.2f}: {output}",
         file=sys.stderr,
     )
 
@@ -164,7 +169,9 @@ def audit(
     requests: Annotated[Optional[str], typer.Option(help="Requests at once in the equality checks: 1,4,8.")] = None,
     prompts: Annotated[Optional[Path], typer.Option(help="JSONL as for generate; default: built in.")] = None,
     threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write every check's figures to this file.")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="Write every check's figures to this file.")
+    ] = None,
 ) -> None:
     """Does any schedule change what the target says? Greedy and seeded equality, sampled tokens against the target.
 
@@ -176,20 +183,24 @@ def audit(
         if requests is not None:
             effort = replace(effort, batches=_numbers("--requests", requests))
         tokenizer = load_tokenizer(loaded)
-        answers = read_answers(prompts, tokenizer, SamplingParams(1)) if prompts else audits.default_answers(loaded, tokenizer)
+        answers = (
+            read_answers(prompts, tokenizer, SamplingParams(1))
+            if prompts
+            else audits.default_answers(loaded, tokenizer)
+        )
         names = tuple(name.strip() for name in schedules.split(",")) if schedules is not None else None
         checks = []
         for check in audits.audit(loaded, answers, names, effort):
             checks.append(check)
-            audits.show(check)
+            show(check)
     except (BundleError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
-    ok, sentence = audits.summary(checks)
+    ok, sentence = verdict(checks)
     print(sentence)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"bundle": str(bundle), **audits.as_json(checks)}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"bundle": str(bundle), **as_json(checks)}, indent=1) + "\n")
     raise typer.Exit(0 if ok else 1)
 
 

@@ -1,31 +1,25 @@
 """The audit of a bundle: does any schedule change what the target says? For users with their own models.
 
-Knows: greedy equality with near-tie accounting, coupled equality, a test of sampled tokens against the target's own
-probabilities, what a bundle must hold. Refuses to know: how a schedule decides.
-
-Sampled tokens are tested without an enumeration: a token x drawn after a prefix gives u = P(tokens more probable than
-x) + v P(x) with v uniform, and when every x has the target's distribution given its prefix, all u are independent
-uniforms on [0, 1).
+Knows: greedy equality with near-tie accounting, coupled equality, what a bundle must hold, the order of the checks.
+Refuses to know: how a schedule decides, how drawn tokens are tested (draws.py), how a check is shown (checks.py).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Callable, Iterator
 
 import numpy as np
-from numpy import ndarray
 
 from engines import BundleError, Engines
-from engines.pack import pack_target
 from engines.sps import Sps
 
 from .chat import ChatTokenizer
+from .checks import Check
 from .compare import Reference, difference, reference
-from .generate import Answer, decode_all
-from .loop import Loop
+from .draws import sampled
+from .generate import Answer
 from .request import Request, SamplingParams
 from .schedule import SCHEDULES, NoDraft, Scheduler, make
 
@@ -36,8 +30,6 @@ TEXTS = (
     "Translate to French: good morning, my friend.", "Once upon a time, in a small village,",
     "Give me a recipe for a quick soup.", "SELECT name, COUNT(*) FROM orders WHERE",
 )  # fmt: skip
-BINS = 20
-P_BOUND = 1e-5  # least p-value of a test of sampled tokens: a sound bundle fails an audit with a chance of 1e-4
 NEAR_TIE = 1e-4
 
 
@@ -55,18 +47,6 @@ class Effort:
 
 
 QUICK = Effort(batches=(6,), prompts=5, tokens=20, samples=64, sample_tokens=8)
-
-
-@dataclass
-class Check:
-    """One line of the audit. status: "ok" | "warn" (nothing wrong, something missing) | "fail"."""
-
-    name: str
-    schedule: str
-    status: str
-    detail: str
-    figures: dict = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def default_answers(engines: Engines, tokenizer: ChatTokenizer | None) -> list[Answer]:
@@ -99,7 +79,8 @@ def audit(
     yield from _timed(greedy, engines, some, makers, effort)
     yield from _timed(coupled, engines, some, makers, effort)
     for name, maker in {"none": NoDraft, **makers}.items():
-        yield from _timed(sampled, engines, some, {name: maker}, effort)
+        counts = effort.samples, effort.sample_tokens, effort.sample_batch
+        yield from _timed(sampled, engines, some, name, maker(), *counts)
 
 
 def _timed(check: Callable[..., Iterator[Check]], *arguments) -> Iterator[Check]:
@@ -110,8 +91,7 @@ def _timed(check: Callable[..., Iterator[Check]], *arguments) -> Iterator[Check]
         started = perf_counter()
 
 
-# -- the bundle
-# ----------------------------------------------------------------------------------------------------------
+# -- the bundle --------------------------------------------------------------------------------------------------------
 
 
 def sanity(engines: Engines) -> Iterator[Check]:
@@ -142,8 +122,7 @@ def _sps(engines: Engines) -> tuple[Sps | None, str]:
         return None, str(error)
 
 
-# -- equality
-# ------------------------------------------------------------------------------------------------------------
+# -- equality ----------------------------------------------------------------------------------------------------------
 
 
 def greedy(engines: Engines, answers: list[Answer], makers: dict, effort: Effort) -> Iterator[Check]:
@@ -194,125 +173,3 @@ def _with(answer: Answer, **params) -> Answer:
         answer.id,
         replace(answer.request, params=SamplingParams(**{"seed": answer.request.params.seed, **params})),
     )
-
-
-# -- distribution
-# --------------------------------------------------------------------------------------------------------
-
-
-def sampled(engines: Engines, answers: list[Answer], makers: dict, effort: Effort) -> Iterator[Check]:
-    """Tokens drawn at temperature 1 against the target's probabilities after the very prefix each was drawn after."""
-    prompts = [a.request.prompt_ids[-24:] for a in answers[:4]]
-    for schedule, maker in makers.items():
-        loop = Loop(engines, maker(), max_requests=effort.sample_batch, accept="rejection")
-        params = SamplingParams(effort.sample_tokens, 1.0, ignore_eos=True)
-        drawn = [
-            Answer(
-                i,
-                i,
-                replace(answers[0].request, id=i, prompt_ids=prompts[i % len(prompts)], params=replace(params, seed=i)),
-            )
-            for i in range(effort.samples)
-        ]
-        decode_all(loop, drawn)
-        if failed := [a.error for a in drawn if a.error]:
-            yield Check("sampled tokens", schedule, "fail", failed[0])
-            continue
-        ranks, chances, expected = [], [], []
-        for start, prompt in enumerate(prompts):
-            outputs = [a.output_ids for a in drawn[start :: len(prompts)]]
-            for probabilities, token in _scored(engines, prompt, outputs, effort.sample_batch):
-                own = probabilities[token]
-                ranks.append((probabilities[probabilities > own].sum(), own))
-                chances.append(np.log(max(own, 1e-30)))
-                logs = np.log(np.maximum(probabilities, 1e-30))
-                mean = (probabilities * logs).sum()
-                expected.append(
-                    (mean, (probabilities * logs**2).sum() - mean**2, probabilities.max(), own == probabilities.max())
-                )
-        yield _verdict(schedule, np.array(ranks), np.array(chances), np.array(expected), loop)
-
-
-def _verdict(schedule: str, ranks: ndarray, chances: ndarray, expected: ndarray, loop: Loop) -> Check:
-    rng = np.random.default_rng(0)
-    u = ranks[:, 0] + rng.random(len(ranks)) * ranks[:, 1]
-    spread = chi_square(
-        np.bincount((u * BINS).astype(int).clip(0, BINS - 1), minlength=BINS), np.full(BINS, len(u) / BINS)
-    )
-    z = (chances - expected[:, 0]).sum() / math.sqrt(max(expected[:, 1].sum(), 1e-12))
-    surprise = math.erfc(abs(z) / math.sqrt(2))
-    top, want = float(expected[:, 3].mean()), float(expected[:, 2].mean())
-    least = min(spread, surprise)
-    figures = {
-        "tokens": len(u), "p_spread": spread, "p_surprise": surprise, "z_surprise": z, "top_share": top,
-        "top_expected": want,
-        "acceptance_length": loop.metrics.acceptance_length, "verified": loop.metrics.verified_tokens,
-    }  # fmt: skip
-    detail = f"{len(u)} tokens; the likeliest drawn {top:.1%} (target {want:.1%}); least p {least:.2g}"
-    if schedule != "none":
-        detail += f"; acceptance length {loop.metrics.acceptance_length:.2f}"
-    return Check("sampled tokens", schedule, "ok" if least > P_BOUND else "fail", detail, figures)
-
-
-def _scored(
-    engines: Engines, prompt: tuple[int, ...], outputs: list[list[int]], rows: int
-) -> Iterator[tuple[ndarray, int]]:
-    """(the target's probabilities [V] float64, the token drawn) for every token of `outputs`, by plain passes."""
-    prompt = list(prompt)
-    for start in range(0, len(outputs), rows):
-        group = outputs[start : start + rows]
-        R, longest = len(group), max(map(len, group))
-        engines.ensure_capacity(R, len(prompt) + longest)
-        if start == 0 and len(prompt) > 1:  # later groups find the prompt in their rows
-            _pass(engines, [prompt[:-1]] * R, np.zeros(R, np.int64), np.ones(R, np.int64))
-        fed = [[prompt[-1], *output[:-1]] for output in group]
-        counts = np.array([len(f) for f in fed], np.int64)
-        logits = _pass(engines, fed, np.full(R, len(prompt) - 1, np.int64), counts)
-        tokens = [token for output in group for token in output]
-        for row, token in zip(logits, tokens):
-            p = np.exp(row.astype(np.float64) - row.max())
-            yield p / p.sum(), token
-
-
-def _pass(engines: Engines, tokens: list[list[int]], lengths: ndarray, wanted: ndarray) -> ndarray:
-    batch, _, _ = pack_target(tokens, lengths, wanted, engines.target_capacity, engines.bundle.max_context)
-    return engines.target(batch).logits
-
-
-def chi_square(observed: ndarray, expected: ndarray) -> float:
-    """p-value of counts against expected counts. Wilson and Hilferty: (chi / degrees)^(1/3) is close to normal."""
-    degrees = len(expected) - 1
-    chi = ((observed - expected) ** 2 / expected).sum()
-    z = ((chi / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
-    return 0.5 * math.erfc(z / math.sqrt(2))
-
-
-def summary(checks: list[Check]) -> tuple[bool, str]:
-    """(no check failed, one sentence)."""
-    failed = [c for c in checks if c.status == "fail"]
-    audited = list(dict.fromkeys(c.schedule for c in checks if c.name == "sampled tokens" and c.schedule != "none"))
-    if failed:
-        what = ", ".join(dict.fromkeys(f"{c.name} {c.schedule}".strip() for c in failed))
-        return False, f"NOT LOSSLESS OR NOT AUDITED: {what}."
-    warned = [f"{c.name} {c.schedule}".strip() for c in checks if c.status == "warn"]
-    names = ", ".join(audited) or "no schedule"
-    text = f"Lossless: {names} give the target's greedy text, its seeded text and its distribution."
-    return True, text + (f" Mind: {', '.join(warned)}." if warned else "")
-
-
-def as_json(checks: list[Check]) -> dict:
-    ok, sentence = summary(checks)
-    return {"ok": ok, "verdict": sentence, "checks": [asdict(c) for c in checks]}
-
-
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
-
-
-def show(check: Check) -> None:
-    """One line on stdout as the check ends."""
-    from rich.console import Console
-
-    status = f"[{_COLOURS[check.status]}]{check.status:4}[/]"
-    line = f"{status} {check.name:16} {check.schedule:10} {check.seconds:5.1f} s  "
-    Console(soft_wrap=True, highlight=False).print(line, end="")
-    Console(soft_wrap=True, highlight=False, markup=False).print(check.detail)

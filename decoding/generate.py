@@ -6,12 +6,13 @@ An input line is an object with exactly one of
     prompt     text, encoded as it is (no chat template)
     messages   a chat, through the bundle's chat template
     input_ids  token ids
-and optionally id, stop_words (texts: the answer ends before the first of them) and any field of SamplingParams under its
-name: max_tokens, temperature, seed, accept, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-min_tokens, threshold, ignore_eos, speculative, return_log_probs, bad_words (texts or lists of token ids) and logit_bias
-({"token id": bias} or pairs). An output line, in input order, holds id, output_ids (new tokens), text, finish_reason,
-num_input_tokens, num_output_tokens and rounds: [{drafted, verified, accepted}], one for each verify pass (the prefill pass,
-which gives the first token, is none), and log_probs where they were asked for. A line that is refused gives {"id", "error"}.
+and optionally id, stop_words (texts: the answer ends before the first of them) and any field of SamplingParams under
+its name: max_tokens, temperature, seed, accept, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+frequency_penalty, min_tokens, threshold, ignore_eos, speculative, return_log_probs, bad_words (texts or lists of token
+ids) and logit_bias ({"token id": bias} or pairs). An output line, in input order, holds id, output_ids (new tokens),
+text, finish_reason, num_input_tokens, num_output_tokens and rounds: [{drafted, verified, accepted}], one for each
+verify pass (the prefill pass, which gives the first token, is none), and log_probs where they were asked for. A line
+that is refused gives {"id", "error"}.
 """
 
 from __future__ import annotations

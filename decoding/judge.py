@@ -1,7 +1,7 @@
 """Target logits -> verdicts: how many draft tokens of each request hold, the token after them, their log-probs.
 
-Knows: the verify engine's batch and what of it each request needs. Refuses to know: why so many tokens were drafted, what is
-done with a verdict, what the engine computes.
+Knows: the verify engine's batch and what of it each request needs. Refuses to know: why so many tokens were drafted,
+what is done with a verdict, what the engine computes.
 
 Legend: R requests of this pass, G block size, n admitted draft tokens, V / V_d target / draft vocabulary.
 """
@@ -27,7 +27,8 @@ PATIENCE = 64  # verdicts until a larger count, once needed, is given up again
 
 @dataclass(frozen=True)
 class Verdicts:
-    """accepted [R], next_tokens [R]; log_probs: for each request None, or float32 [a + 1] of the tokens it was given."""
+    """accepted [R], next_tokens [R]; log_probs: for each request None, or float32 [a + 1] of the tokens it was
+    given."""
 
     accepted: ndarray
     next_tokens: ndarray
@@ -36,7 +37,8 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Case:
-    """One request before the judge: its row in the pass, where its logits begin, how many it has (n + 1), its n draft tokens."""
+    """One request before the judge: its row in the pass, where its logits begin, how many it has (n + 1), its n draft
+    tokens."""
 
     row: int
     sequence: Sequence
@@ -77,7 +79,9 @@ class Judge:
         verdict of a request without logits means nothing.
         """
         cases = []
-        for row, (s, n, start, count) in enumerate(zip(rows, num_draft.tolist(), logit_starts.tolist(), logit_counts.tolist())):
+        for row, (s, n, start, count) in enumerate(
+            zip(rows, num_draft.tolist(), logit_starts.tolist(), logit_counts.tolist())
+        ):
             if count:
                 cases.append(Case(row, s, start, count, draft.tokens(first_row + row, n) if n else []))
         accepted, following = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -205,7 +209,8 @@ def _filters(judge: Judge, placed) -> dict[str, ndarray]:
 
 def _matches(judge: Judge, placed) -> dict[str, ndarray]:
     noise = [
-        c.sequence.noise(c.count) if c.sequence.coupled else np.zeros((c.count, judge.V), np.float32) for _, c, _ in placed
+        c.sequence.noise(c.count) if c.sequence.coupled else np.zeros((c.count, judge.V), np.float32)
+        for _, c, _ in placed
     ]
     filtered = _repeated([c.sequence.filtered for _, c, _ in placed], placed, bool)
     return {
@@ -215,7 +220,9 @@ def _matches(judge: Judge, placed) -> dict[str, ndarray]:
     }
 
 
-def _rejections(judge: Judge, placed, draft: Draft | None, first_row: int, row_index: ndarray, start: int) -> dict[str, ndarray]:
+def _rejections(
+    judge: Judge, placed, draft: Draft | None, first_row: int, row_index: ndarray, start: int
+) -> dict[str, ndarray]:
     G, R = judge.G, len(placed)
     indices, rows, probs = np.zeros((R, G), np.int64), np.zeros(R, np.int64), {}
     if draft is not None and len(draft.block.draft_probs):
@@ -227,7 +234,9 @@ def _rejections(judge: Judge, placed, draft: Draft | None, first_row: int, row_i
                 rows[k] = draft.probs_row(block_row)
     prepare_judge([c.sequence.stream for _, c, _ in placed], [len(c.sequence.tokens) for _, c, _ in placed], G + 1)
     at = np.array([i for i, _, _ in placed], np.int64)
-    moved = np.array([first - (c.start - start) for _, c, first in placed], np.int64)  # from rows of logits to wide rows
+    moved = np.array(
+        [first - (c.start - start) for _, c, first in placed], np.int64
+    )  # from rows of logits to wide rows
     return {
         "sample_index": at,
         "sample_rows": row_index[at] + moved[:, None],

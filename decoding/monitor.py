@@ -3,12 +3,12 @@
 Knows: predictions and verdicts of the recent past, by position. Refuses to know: schedulers, engines, who is told.
 
 What is counted, and why it is unbiased. Position k of a block counts only when it was verified, as survived (accepted
->= k) or not. Whether it is verified is decided before its token x_k is drawn into the verdict: from confidences c_1 .. c_k
-(functions of x_1 .. x_{k-1}), from other requests and from past rounds, never from x_k or the target's view of it
+>= k) or not. Whether it is verified is decided before its token x_k is drawn into the verdict: from confidences c_1 ..
+c_k (functions of x_1 .. x_{k-1}), from other requests and from past rounds, never from x_k or the target's view of it
 (the rule that keeps decoding lossless). So among the verified positions the mean outcome still is the mean chance of
 survival, and a calibrated prediction shows no error. What the choice does change is the mix: under a scheduler the
-low predictions are rarely verified, and the error is that of the predictions that were acted upon. The predictions are those
-of the accept rule `rejection`; a rule that accepts less (`coupled`) shows as overconfidence.
+low predictions are rarely verified, and the error is that of the predictions that were acted upon. The predictions are
+those of the accept rule `rejection`; a rule that accepts less (`coupled`) shows as overconfidence.
 
 Legend: G block size, K bins of predicted survival, R requests of a step.
 """
@@ -32,9 +32,10 @@ CLEAR = 0.75  # a warning ends when the error falls below this share of the boun
 class CalibrationMonitor:
     """An observer of the loop: expected calibration error by position over an exponential window.
 
-    block_size: G. bound: the error (0..1) from which `warning` speaks. window: rounds in which a verdict's weight falls to
-    1/e, counted in verified positions of that slot. minimum: verified positions of a slot (in weight) before it may warn.
-    wants_confidence: run the confidence engine for the monitor alone (off: it watches where the scheduler asks anyway).
+    block_size: G. bound: the error (0..1) from which `warning` speaks. window: rounds in which a verdict's weight falls
+    to 1/e, counted in verified positions of that slot. minimum: verified positions of a slot (in weight) before it may
+    warn. wants_confidence: run the confidence engine for the monitor alone (off: it watches where the scheduler asks
+    anyway).
     """
 
     def __init__(
@@ -81,13 +82,16 @@ class CalibrationMonitor:
         self._judge()
 
     def _judge(self) -> None:
-        """Error and warnings: on above the bound, off below CLEAR of it, unchanged between and with too few verdicts."""
+        """Error and warnings: on above the bound, off below CLEAR of it, unchanged between and with too few
+        verdicts."""
         weight = self.weight
         with np.errstate(invalid="ignore", divide="ignore"):
             self._error = np.abs(self._sums[1] - self._sums[2]).sum(axis=1) / weight
         known = weight >= self.minimum
         before = self._warned
-        self._warned = np.where(known & (self._error > self.bound), True, before & ~(known & (self._error < CLEAR * self.bound)))
+        self._warned = np.where(
+            known & (self._error > self.bound), True, before & ~(known & (self._error < CLEAR * self.bound))
+        )
         if self._warned.any() and (self._warned & ~before).any():
             self.warnings += 1
             log.warning("%s", self.warning)
@@ -120,9 +124,9 @@ class CalibrationMonitor:
             return None
         k = int(np.argmax(np.where(self._warned, self._error, -1.0)))
         return (
-            f"The confidence of draft position {k + 1} is off by {self._error[k]:.3f} (bound {self.bound:g}): predicted survival "
-            f"{self.predicted[k]:.3f}, observed {self.observed[k]:.3f} over the last {self.weight[k]:.0f} verified; calibrate the bundle "
-            "on this traffic (make calibrate)."
+            f"The confidence of draft position {k + 1} is off by {self._error[k]:.3f} (bound {self.bound:g}): "
+            f"predicted survival {self.predicted[k]:.3f}, observed {self.observed[k]:.3f} over the last "
+            f"{self.weight[k]:.0f} verified; calibrate the bundle on this traffic (make calibrate)."
         )
 
     def _mean(self, row: int) -> ndarray:

@@ -1,11 +1,11 @@
 """Randomness as a function of a request's seed, whatever the request is batched with.
 
-Knows: Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the 4x32 form for single uniforms,
-numpy's 4x64 bit generator for rows of Gumbel noise. Refuses to know: who draws, and what from.
+Knows: Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the 4x32 form for single
+uniforms, numpy's 4x64 bit generator for rows of Gumbel noise. Refuses to know: who draws, and what from.
 
 ACCEPT and NEXT uniforms are keyed by position: one that is used is never looked at again unless its position is
-committed. DRAFT uniforms are keyed by the number of the request's draft and the slot: what a discarded draft looked like
-steers the budgets of later rounds, so the next draft of the same position must not be made of the same numbers.
+committed. DRAFT uniforms are keyed by the number of the request's draft and the slot: what a discarded draft looked
+like steers the budgets of later rounds, so the next draft of the same position must not be made of the same numbers.
 Gumbel noise is keyed by position: under the coupled rule the text depends on nothing else, so nothing can leak.
 """
 
@@ -23,7 +23,8 @@ _WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
 def philox4x32(counter: ndarray, key: ndarray) -> ndarray:
-    """Ten rounds of Philox-4x32. counter [4, ...] and key [2, ...] (it broadcasts) of 32-bit words in uint64. Returns [4, ...]."""
+    """Ten rounds of Philox-4x32. counter [4, ...] and key [2, ...] (it broadcasts) of 32-bit words in uint64. Returns
+    [4, ...]."""
     even, odd = counter[0::2], counter[1::2]  # words 0 and 2, words 1 and 3
     multipliers = _MULTIPLIERS.reshape(2, *(1,) * (counter.ndim - 1))
     weyl = _WEYL.reshape(2, *(1,) * (key.ndim - 1))
@@ -34,14 +35,18 @@ def philox4x32(counter: ndarray, key: ndarray) -> ndarray:
 
 
 def uniforms(
-    seed: ndarray | int, position: ndarray | int, purpose: ndarray | int, slot: ndarray | int = 0, twin: ndarray | int = 0
+    seed: ndarray | int,
+    position: ndarray | int,
+    purpose: ndarray | int,
+    slot: ndarray | int = 0,
+    twin: ndarray | int = 0,
 ) -> ndarray:
     """float32 uniforms of the arguments' broadcast shape: k * 2^-23, so 0 <= u <= 1 - 2^-23.
 
-    seed: 0 .. 2^64-1 (the key). position: absolute position of the token that is judged or follows, or the number of the
-    draft, 0 .. 2^64-1. slot: of a draft token in its block. twin: 0 .. 2^30-1, tells requests with equal seeds apart.
-    The counter is (position low, position high, purpose + 4 * twin, slot); the first output word's upper 23 bits are used.
-    u <= 1 - 2^-23 makes u * total < total in float32: an inverse CDF never runs past its end.
+    seed: 0 .. 2^64-1 (the key). position: absolute position of the token that is judged or follows, or the number of
+    the draft, 0 .. 2^64-1. slot: of a draft token in its block. twin: 0 .. 2^30-1, tells requests with equal seeds
+    apart. The counter is (position low, position high, purpose + 4 * twin, slot); the first output word's upper 23 bits
+    are used. u <= 1 - 2^-23 makes u * total < total in float32: an inverse CDF never runs past its end.
     """
     if isinstance(seed, int) and not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}; it must lie in 0..2^64-1.")
@@ -58,9 +63,9 @@ def uniforms(
 def gumbel(seed: int, position: int, out: ndarray) -> ndarray:
     """Fills out [V] float32 with standard Gumbel noise -log(E), one number a token, and returns it.
 
-    E = -log(1 - v) is exponential, v = (w + 1/2) / 2^32 of a 32-bit word w, in float32 and at most 1 - 2^-24. Philox-4x64
-    with the key (seed, position) and numpy's stream from counter 0 on; a 64-bit output gives two words, the low half
-    first. A small v keeps all its digits: it makes the large noise that lifts rare tokens.
+    E = -log(1 - v) is exponential, v = (w + 1/2) / 2^32 of a 32-bit word w, in float32 and at most 1 - 2^-24.
+    Philox-4x64 with the key (seed, position) and numpy's stream from counter 0 on; a 64-bit output gives two words, the
+    low half first. A small v keeps all its digits: it makes the large noise that lifts rare tokens.
     """
     size = len(out)
     raw = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw((size + 1) // 2)
@@ -134,7 +139,8 @@ class Noise:
         self._first, self._count = 0, 0
 
     def rows(self, position: int, count: int) -> ndarray:
-        """[count, V] of positions position .. position + count - 1; a view until the next call. Positions never go back."""
+        """[count, V] of positions position .. position + count - 1; a view until the next call. Positions never go
+        back."""
         passed = position - self._first
         kept = max(self._count - passed, 0)
         if passed and kept:

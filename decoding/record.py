@@ -78,7 +78,13 @@ class Recorder:
         if full.any():
             ids = np.array([i for i, kept in zip(trace.ids, full) if kept], np.int32)
             self._rounds.append(
-                (ids, trace.confidence_logits[full].copy(), trace.accepted[full], trace.temperature[full], anchors[full])
+                (
+                    ids,
+                    trace.confidence_logits[full].copy(),
+                    trace.accepted[full],
+                    trace.temperature[full],
+                    anchors[full],
+                )
             )
 
     def arrays(self) -> dict[str, ndarray]:
@@ -100,7 +106,8 @@ class Recorder:
 
 def read_prompts(files: List[Path], tokenizer: ChatTokenizer | None) -> list[Prompt]:
     """The prompts of JSONL files: `messages` or the user's text `prompt` or `turns[0]` (through the chat template), or
-    `input_ids`; `kind` where given. Raises RecordError naming the file and line, OSError for a file that cannot be read."""
+    `input_ids`; `kind` where given. Raises RecordError naming the file and line, OSError for a file that cannot be
+    read."""
     prompts = []
     for file in files:
         for number, raw in enumerate(Path(file).read_bytes().splitlines(), 1):
@@ -111,7 +118,9 @@ def read_prompts(files: List[Path], tokenizer: ChatTokenizer | None) -> list[Pro
             except (RequestError, ValueError, RecursionError) as error:
                 raise RecordError(f"{file}:{number}: {str(error).rstrip('.')}.") from None
     if not prompts:
-        raise RecordError(f"{', '.join(map(str, files)) or '--prompts'} holds no prompt; lines need prompt, messages or input_ids.")
+        raise RecordError(
+            f"{', '.join(map(str, files)) or '--prompts'} holds no prompt; lines need prompt, messages or input_ids."
+        )
     return prompts
 
 
@@ -143,7 +152,8 @@ def record(
     least: int = 0, command: str = "",
 ) -> dict:
     """Decodes each of the first `requests` (0 = all) prompts once at every temperature, mixed in the batch in random
-    order, and writes `output` (beside, then renamed). minutes > 0 stops there, once there are `least` rounds; they are kept.
+    order, and writes `output` (beside, then renamed). minutes > 0 stops there, once there are `least` rounds; they are
+    kept.
 
     A prompt is cut short by the context's end. Returns the meta. Raises RecordError before anything is decoded.
     """  # fmt: skip

@@ -73,7 +73,8 @@ class Limits:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Limits:
-        """A block is never clipped near the end, so a request's last verify pass may reach G positions past its last token."""
+        """A block is never clipped near the end, so a request's last verify pass may reach G positions past its last
+        token."""
         context = bundle.max_context - bundle.draft.block_size
         return cls(context, bundle.target.vocab_size, tuple(bundle.target.eos_token_ids))
 

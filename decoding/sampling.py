@@ -8,9 +8,9 @@ From a row of raw logits to the distribution that a token is drawn from, in this
 3. logit_bias: l + bias;
 4. bans: bad_words (the last token of a word whose earlier tokens end the text so far, prompt included) and, before
    min_tokens, the end-of-sequence tokens;
-5. temperature; 6. top_k; 7. top_p (of what top_k left, renormalised); 8. min_p. The filters keep by value: ties stay together.
-1 to 4 are made here, as l -> (l / s if l > 0 else l * s) + a for the few tokens that they touch; the verify engine does
-that and the rest. Row j of a block sees the text up to draft token x_j: the prefix it is conditioned on.
+5. temperature; 6. top_k; 7. top_p (of what top_k left, renormalised); 8. min_p. The filters keep by value: ties stay
+together. 1 to 4 are made here, as l -> (l / s if l > 0 else l * s) + a for the few tokens that they touch; the verify
+engine does that and the rest. Row j of a block sees the text up to draft token x_j: the prefix it is conditioned on.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Edits:
         return cls(params, prompt_length, eos) if bans or penalties or params.logit_bias else None
 
     def block(self, text: list[int], draft: list[int]) -> Block:
-        """For rows 0 .. len(draft): row j gives the token after `text` (prompt and output) and the first j of `draft`."""
+        """For rows 0 .. len(draft): row j gives the token after `text` (prompt and output) and the first j of
+        `draft`."""
         self._follow(text)
         n, base = len(draft), len(self._column)
         bans = [self._bans(text, draft[:j]) for j in range(n + 1)]
@@ -104,7 +105,9 @@ class Edits:
     def _follow(self, text: list[int]) -> None:
         """Counts the tokens that came since the last call."""
         if self.counts_output:
-            for position in range(self._followed if self.counts_prompt else max(self._followed, self.prompt_length), len(text)):
+            for position in range(
+                self._followed if self.counts_prompt else max(self._followed, self.prompt_length), len(text)
+            ):
                 column = self._add(text[position])
                 self._seen[column] = True
                 self._count[column] += position >= self.prompt_length

@@ -19,7 +19,9 @@ from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
 PATIENCE = 0.3  # rounds' worth of loss until the draft is skipped
-HIGH = 1.02  # gain over plain decoding from which it is taken up again
+# Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the search's best
+# is the luckiest of many, so a promise of 1.00 means less than that.
+LOW, HIGH = 1.02, 1.04
 FRESH = 8  # rounds without a draft for which one search holds
 PROBE = 2  # requests that a probe drafts for
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
@@ -91,7 +93,7 @@ class Lagged(LoadAware):
             return R
         gain = self._search(load.requests, load.plain, load.prefill, load.context).gain
         if not self._skipping:
-            self._loss = max(self._loss + 1.0 - gain, 0.0)
+            self._loss = max(self._loss + LOW - gain, 0.0)
             if self._loss < PATIENCE:
                 return 0 if self._audited(load) else R
             self._skipping, self._wait, self._since = True, FIRST_WAIT, 0

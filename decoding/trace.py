@@ -15,11 +15,11 @@ from numpy import ndarray
 class RoundTrace:
     """One step that had R requests in decode, in the order of their cache rows.
 
-    ids [R]; drafted [R] bool: had a draft made for it; confidence_logits [R, G] as the graph gives them, survival [R, G]
-    calibrated (both NaN in rows without a draft, None where the confidence engine did not run); verified [R], accepted [R]
-    draft tokens (0 without a draft); temperature [R] float32 (0 = greedy). Seconds of the step: draft (backbone, markov,
-    confidence), schedule, target, verify, host (everything else). budget: draft tokens admitted; tokens: packed tokens
-    of the target's passes, prompt tokens included.
+    ids [R]; drafted [R] bool: had a draft made for it; confidence_logits [R, G] as the graph gives them, survival [R,
+    G] calibrated (both NaN in rows without a draft, None where the confidence engine did not run); verified [R],
+    accepted [R] draft tokens (0 without a draft); temperature [R] float32 (0 = greedy). Seconds of the step: draft
+    (backbone, markov, confidence), schedule, target, verify, host (everything else). budget: draft tokens admitted;
+    tokens: packed tokens of the target's passes, prompt tokens included.
     """
 
     ids: list[Hashable]

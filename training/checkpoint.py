@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.decoder_config import DecoderConfig
 from training.draft import DraftConfig, DraftModel
-from training.target import DecoderConfig, load_exactly, read_safetensors
+from training.weights import load_exactly, read_safetensors
 
 ARCHITECTURES = {"qwen3": "Qwen3DSparkModel", "llama": "LlamaDSparkModel"}
 LAYER_KINDS = ("full_attention",)

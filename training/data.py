@@ -41,7 +41,8 @@ class Batch:
 @dataclass(frozen=True)
 class TargetSide:
     """What the frozen target says of a batch: features [B, S, L*d], last_hidden [B, S, d] (after the final norm) in the
-    target's dtype, outside [B, S] float32 = logsumexp of the logits outside the draft vocabulary (None if it has all)."""
+    target's dtype, outside [B, S] float32 = logsumexp of the logits outside the draft vocabulary (None if it has
+    all)."""
 
     features: Tensor
     last_hidden: Tensor

@@ -3,11 +3,12 @@
 Knows: the drafter's mathematics (paper section 3) and the names its weights have in a DeepSpec checkpoint.
 Refuses to know: how it is trained, stored, compiled or scheduled.
 
-Legend: B sequences, S context positions, A anchors a sequence, G block size (gamma), d hidden size, V target vocabulary,
-V_d draft vocabulary (V, or a trimmed subset), r Markov rank, L context feature layers, R requests.
+Legend: B sequences, S context positions, A anchors a sequence, G block size (gamma), d hidden size, V target
+vocabulary, V_d draft vocabulary (V, or a trimmed subset), r Markov rank, L context feature layers, R requests.
 
 Slot layout (the top bug of every peer): the block is [anchor, mask x (G-1)] at positions p .. p+G-1, p the anchor's
-position; slot k (from 0) predicts the token at p+k+1; context features of positions < p are injected as keys and values.
+position; slot k (from 0) predicts the token at p+k+1; context features of positions < p are injected as keys and
+values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .target import DecoderConfig, DecoderLayer, RMSNorm, check_layer_ids, rotate
+from .decoder_config import DecoderConfig
+from .target import DecoderLayer, RMSNorm, check_layer_ids, rotate
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
@@ -48,13 +50,17 @@ class DraftConfig:
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank is {self.markov_rank}; it must be 0 (DFlash) or more.")
         if self.markov_rank and self.markov_head_type not in MARKOV_HEADS:
-            raise ValueError(f"markov_head_type is {self.markov_head_type!r}; it must be one of {', '.join(MARKOV_HEADS)}.")
+            raise ValueError(
+                f"markov_head_type is {self.markov_head_type!r}; it must be one of {', '.join(MARKOV_HEADS)}."
+            )
         if not 0 <= self.mask_token_id < self.decoder.vocab_size:
             raise ValueError(f"mask_token_id is {self.mask_token_id}; it must lie in 0..{self.decoder.vocab_size - 1}.")
         if self.confidence_head_with_markov and self.enable_confidence_head and not self.markov_rank:
             raise ValueError("confidence_head_with_markov is true but markov_rank is 0; there is no Markov embedding.")
         if not 1 <= self.vocab_out <= self.decoder.vocab_size:
-            raise ValueError(f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.decoder.vocab_size}.")
+            raise ValueError(
+                f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.decoder.vocab_size}."
+            )
 
     @property
     def vocab_out(self) -> int:
@@ -121,7 +127,8 @@ class ConfidenceHead(nn.Module):
 
 @dataclass(frozen=True)
 class DraftBlock:
-    """One sampled block: tokens [R, G] (target ids), logits [R, G, V_d] (corrected), confidence logits [R, G] or None."""
+    """One sampled block: tokens [R, G] (target ids), logits [R, G, V_d] (corrected), confidence logits [R, G] or
+    None."""
 
     tokens: Tensor
     logits: Tensor
@@ -168,7 +175,9 @@ class DraftModel(nn.Module):
         ids[..., 0] = anchors
         return ids
 
-    def backbone(self, features: Tensor, anchors: Tensor, anchor_positions: Tensor, keep: Tensor | None = None) -> Tensor:
+    def backbone(
+        self, features: Tensor, anchors: Tensor, anchor_positions: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         """All blocks of a batch in one pass (paper section 3.1; training, and the reference for the engine).
 
         features [B, S, L*d] of positions 0..S-1 (a block sees those before its anchor), anchors [B, A] ids,

@@ -23,7 +23,8 @@ from training.target import PackedBatch, TargetModel
 @dataclass(frozen=True)
 class Round:
     """One draft-verify round. start: the anchor's position; draft: [anchor, x_1 .. x_G]; confidence: logits [G] or
-    None; hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted: 0..G."""
+    None; hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted:
+    0..G."""
 
     start: int
     draft: list[int]
@@ -211,6 +212,11 @@ def evaluate(
           f"acceptance length {result.length:.3f}, by position {by_position}")  # fmt: skip
     if out is not None:
         facts = {"prompts": Path(prompts).name, "count": len(done), "max_tokens": max_tokens}
-        facts |= {"temperature": temperature, "seed": seed, "draft_sha256": checkpoint_hash(draft_folder), **asdict(result)}
+        facts |= {
+            "temperature": temperature,
+            "seed": seed,
+            "draft_sha256": checkpoint_hash(draft_folder),
+            **asdict(result),
+        }
         Path(out).write_text(json.dumps(facts, indent=2) + "\n")
     return result

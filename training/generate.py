@@ -42,8 +42,8 @@ class Sequence:
 
 
 def load_sequences(folder: str | Path, hot_share: float = 1.0) -> list[Sequence]:
-    """The sequences of the folder's complete shards, in the shards' order; of those sampled at temperature 1 or more only
-    the share `hot_share`, chosen by index. Raises FileNotFoundError without any shard."""
+    """The sequences of the folder's complete shards, in the shards' order; of those sampled at temperature 1 or more
+    only the share `hot_share`, chosen by index. Raises FileNotFoundError without any shard."""
     files = sorted(Path(folder).glob("shard-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no shard-*.safetensors file; run `python -m training generate` first.")

@@ -42,8 +42,9 @@ def initialise(draft: DraftModel, target: TargetModel, ids: Tensor, seed: int) -
     """A start that already reads the target's features: layers = the target's last ones, fc = the deepest feature.
 
     The layers' input norms are folded into q, k and v, so that context features, which pass through hidden_norm only,
-    are scaled as the projections expect. lm_head rows are the target's, their mean taken out (softmax does not see it, and
-    smaller logits round better in bf16). Markov embeddings are principal components of the target's, markov_w2 is 0.
+    are scaled as the projections expect. lm_head rows are the target's, their mean taken out (softmax does not see it,
+    and smaller logits round better in bf16). Markov embeddings are principal components of the target's, markov_w2 is
+    0.
     """
     generator = torch.Generator().manual_seed(seed)
     source = target.state_dict()

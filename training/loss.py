@@ -150,3 +150,17 @@ class FusedSoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad, _ce, _l1):
         gx, gh = ctx.saved_tensors
         return gx.float() * grad, gh.float() * grad, None, None, None, None, None, None
+
+
+def block_acceptance(chance: Tensor, valid: Tensor) -> tuple[list[float], float]:
+    """chance [N] of the valid slots, valid [..., G] -> (mean chance by position, expected tau).
+
+    tau = mean over blocks with a valid slot of 1 + the sum over slots of the product of chances so far (invalid slots:
+    0).
+    """
+    full = torch.zeros(valid.shape).masked_scatter(valid, chance).flatten(0, -2)
+    flat = valid.flatten(0, -2)
+    seen = flat.any(-1)
+    by_position = full.sum(0) / flat.sum(0).clamp_min(1)
+    tau = 1 + full[seen].cumprod(-1).sum(-1).mean() if bool(seen.any()) else torch.ones(())
+    return [round(float(v), 4) for v in by_position], round(float(tau), 4)

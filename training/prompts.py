@@ -170,8 +170,8 @@ def held_out(
 ) -> list[Prompt]:
     """`count` different prompts that no head was trained on, maths, code and chat in turn.
 
-    known: the prompts of the training data. Those of them that `is_held_out` (never trained on) come first; the rest are
-    new ones from the templates whose text is not among the known. Raises ValueError when the templates are used up.
+    known: the prompts of the training data. Those of them that `is_held_out` (never trained on) come first; the rest
+    are new ones from the templates whose text is not among the known. Raises ValueError when the templates are used up.
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be 1 or more.")

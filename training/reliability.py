@@ -17,14 +17,16 @@ BEFORE, AFTER = "#c2571a", "#1f5fa8"
 
 
 def curve(predicted: ndarray, observed: ndarray, bins: int = BINNINGS["mass"]) -> tuple[ndarray, ndarray]:
-    """Mean prediction and mean outcome of equal-mass bins, the bins of the reported ECE: two arrays of at most `bins`."""
+    """Mean prediction and mean outcome of equal-mass bins, the bins of the reported ECE: two arrays of at most
+    `bins`."""
     order = np.argsort(predicted, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     return np.array([predicted[p].mean() for p in parts]), np.array([observed[p].mean() for p in parts])
 
 
 def draw(rollouts: Rollouts, result: dict, file: Path, seed: int = 0) -> None:
-    """Writes a PNG with a row for sampled and one for greedy requests and a column a position, from the held-out half."""
+    """Writes a PNG with a row for sampled and one for greedy requests and a column a position, from the held-out
+    half."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     G = rollouts.logits.shape[1]
@@ -39,7 +41,9 @@ def draw(rollouts: Rollouts, result: dict, file: Path, seed: int = 0) -> None:
             most = max(max(x.max(), y.max()) for x, y in curves.values())
             limit = next(size for size in LIMITS if size >= min(1.05 * most, 1.0))
             share, edges = np.histogram(predicted["after"][:, k], 20, (0, limit))
-            axis.bar(edges[:-1], 0.9 * limit * share / max(share.max(), 1), limit / 20, align="edge", color="0.9", zorder=0)
+            axis.bar(
+                edges[:-1], 0.9 * limit * share / max(share.max(), 1), limit / 20, align="edge", color="0.9", zorder=0
+            )
             axis.plot([0, 1], [0, 1], color="0.6", lw=0.8, zorder=1)
             for side, colour in (("before", BEFORE), ("after", AFTER)):
                 axis.plot(*curves[side], "o-", color=colour, ms=3, lw=1.2, label=side)

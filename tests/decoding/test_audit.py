@@ -6,7 +6,8 @@ from typer.testing import CliRunner
 
 from decoding import audit as audits
 from decoding.__main__ import app
-from decoding.audit import Effort, audit, default_answers, summary
+from decoding.audit import Effort, audit, default_answers
+from decoding.checks import verdict
 
 SMALL = Effort(batches=(1, 3), prompts=4, tokens=12, samples=200, sample_tokens=8)
 
@@ -33,7 +34,7 @@ def run(engines, schedules=("fixed", "threshold")):
 
 def test_a_sound_bundle_passes(tiny):
     checks = run(tiny)
-    ok, sentence = summary(checks)
+    ok, sentence = verdict(checks)
     assert ok and sentence.startswith("Lossless: fixed, threshold ")
     names = [(c.name, c.schedule) for c in checks if c.schedule]
     equality = [(n, s) for n in ("greedy equality", "coupled equality") for s in ("fixed", "threshold")]
@@ -54,14 +55,14 @@ def test_a_sound_bundle_passes(tiny):
 )
 def test_a_broken_verify_engine_fails(tiny, changes, caught):
     checks = run(Broken(tiny, **changes), ("fixed",))
-    assert {c.name for c in checks if c.status == "fail"} >= caught and not summary(checks)[0]
+    assert {c.name for c in checks if c.status == "fail"} >= caught and not verdict(checks)[0]
 
 
 def test_load_aware_schedules_without_a_table(tiny):
     """Left out with a warning when nobody asked for them, a failure when somebody did."""
     assert [c.status for c in run(tiny, None) if c.name == "schedule"] == ["warn", "warn"]
     checks = run(tiny, ("lagged",))
-    assert [c.status for c in checks if c.schedule == "lagged"] == ["fail"] and not summary(checks)[0]
+    assert [c.status for c in checks if c.schedule == "lagged"] == ["fail"] and not verdict(checks)[0]
 
 
 def test_command(tiny, tmp_path, monkeypatch):

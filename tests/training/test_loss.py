@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from training.checkpoint import load_draft
-from training.loss import LossWeights, block_losses, make_slots, target_rows
+from training.loss import LossWeights, block_acceptance, block_losses, make_slots, target_rows
 from training.target import PackedBatch, TargetModel
 
 ORACLE = Path(__file__).parent.parent / "oracle"
@@ -103,3 +103,9 @@ def test_slots_end_at_the_first_gap_of_the_mask_and_at_the_end():
     assert slots.valid[0].sum(-1).tolist() == [0, 2, 0, 3, 0, 0]
     assert slots.labels[0, 1, :2].tolist() == [13, 14] and slots.previous[0, 1, :2].tolist() == [12, 13]
     assert slots.position[0, 3, :3].tolist() == [6, 7, 8]
+
+
+def test_block_acceptance_is_the_mean_over_blocks_with_slots():
+    valid = torch.tensor([[[1, 1], [1, 0], [0, 0]]]).bool()
+    chance, tau = block_acceptance(torch.tensor([0.5, 0.5, 1.0]), valid)
+    assert chance == [0.75, 0.5] and tau == pytest.approx(1 + (0.75 + 1.0) / 2, abs=1e-4)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from training.target import DecoderConfig, PackedBatch, RopeConfig, TargetModel
+from training.decoder_config import DecoderConfig
+from training.target import PackedBatch, TargetModel
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -78,14 +79,6 @@ def test_uneven_steps_with_caches_equal_one_pass(pair):
 
 def test_misfits_are_named(tmp_path):
     raw = {**SIZES, "model_type": "llama", "rms_norm_eps": 1e-6}
-    with pytest.raises(ValueError, match="model_type is 'mamba'; this version reads llama, qwen3"):
-        DecoderConfig.from_hf({**raw, "model_type": "mamba"})
-    with pytest.raises(ValueError, match="rope_type is 'yarn'"):
-        RopeConfig.from_hf({"rope_scaling": {"rope_type": "yarn"}})
-    with pytest.raises(ValueError, match="hidden_act is 'gelu'"):
-        DecoderConfig.from_hf({**raw, "hidden_act": "gelu"})
-    with pytest.raises(ValueError, match="use_sliding_window"):
-        DecoderConfig.from_hf({**raw, "model_type": "qwen3", "use_sliding_window": True})
     with pytest.raises(ValueError, match=r"target_layer_ids is \[0, 3\]; they must increase strictly and lie in -1..2"):
         TargetModel(DecoderConfig.from_hf(raw), layer_ids=(0, 3))
     (tmp_path / "config.json").write_text(json.dumps(raw))

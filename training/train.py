@@ -1,0 +1,78 @@
+"""The `train` command: a head built or taken up, its run with a progress bar.
+
+Knows: which checkpoint a run begins with, what a person wants to see of it. Refuses to know: how a step is made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from training.checkpoint import load_draft
+from training.data import Sequence, TargetPass, coverage, is_held_out
+from training.initialisation import HeadShape, default_layer_ids, eos_ids, new_draft
+from training.settings import TrainSettings
+from training.target import TargetModel
+from training.trainer import Trainer
+
+
+def train(
+    target_folder: Path, load: Callable[[], list[Sequence]], out: Path, shape: HeadShape, settings: TrainSettings, *,
+    init: Path | None = None, resume: bool = False,
+) -> Trainer:  # fmt: skip
+    """The `train` command: builds (or takes up) a head for the target and trains it, with a progress bar."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    raw = json.loads((Path(target_folder) / "config.json").read_text())
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    source = Path(out) / "latest" if resume else init
+    if resume and not (Path(out) / "state.pt").exists():
+        raise FileNotFoundError(f"{out} holds no state.pt to resume from.")
+    if not resume and (Path(out) / "state.pt").exists():
+        raise ValueError(f"{out} holds a run already; add --resume, or name another folder.")
+    draft = None if source is None else load_draft(source, target_folder)
+    sequences = load()
+    layer_ids = shape.layer_ids or default_layer_ids(int(raw["num_hidden_layers"]))
+    if draft is not None:
+        layer_ids = draft.config.target_layer_ids
+    target = TargetModel.from_pretrained(target_folder, layer_ids, dtype)
+    if draft is None:
+        draft = new_draft(target, [s for s in sequences if not is_held_out(s)], shape, settings.seed, eos_ids(raw))
+    trainer = Trainer(target, draft, load, out, settings)
+    if resume:
+        trainer.resume()
+    V = draft.config.decoder.vocab_size
+    tokens = sum(len(s.tokens) - s.prompt_length for s in sequences)
+    padded = sum(b.tokens.numel() for b in trainer.batches)
+    cache = padded * TargetPass.bytes_per_token(target) / 1e9
+    size = sum(p.numel() for p in trainer.parameters) / 1e6
+    print(
+        f"{len(sequences):,} sequences, {tokens:,} answer tokens, {len(trainer.batches):,} batches, "
+        f"{len(trainer.held_out.batches)} held-out batches; {size:.1f}M trained parameters, draft vocabulary "
+        f"{draft.config.vocab_out:,} covers {coverage(sequences, draft.draft_to_target(), V):.2%}; features in memory: "
+        f"{min(cache, settings.feature_cache_gb):.1f} of {cache:.1f} GB.",
+        flush=True,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, refresh_per_second=1) as bar:
+        task = bar.add_task("training", total=1.0)
+        begun, base = time.monotonic(), trainer.progress.blocks
+
+        def report(line: dict) -> None:
+            rate = (line["blocks"] - base) / (time.monotonic() - begun)
+            text = f"step {line['step']}  loss {line['total']:.3f}  tau {line['tau']:.2f}  {rate:.0f} blocks/s"
+            bar.update(task, description=text, completed=min(trainer.share_done(), 1.0))
+            if held := line.get("held_out"):
+                numbers = "  ".join(f"{k} {held[k]:.3f}" for k in ("l1", "ce", "tau", "greedy_tau") if held[k])
+                bar.print(f"step {line['step']}  {rate:.0f} blocks/s  held out: {numbers}")
+
+        trainer.run(report)
+    done = trainer.progress
+    minutes = done.seconds / 60
+    print(f"{done.step:,} steps, {done.blocks:,} blocks, {done.tokens:,} answer tokens seen, {minutes:.1f} minutes.")
+    return trainer
