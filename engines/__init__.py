@@ -15,8 +15,19 @@ def load(bundle_folder: str | Path, *, backend: str | None = None, threads: int 
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; it must be 1 or more.")
     bundle = Bundle.load(bundle_folder)
-    if (backend or bundle.backend) != "onnxruntime":
-        raise BundleError(f"backend is {backend!r}; this version runs 'onnxruntime'.")
+    if backend not in (None, bundle.backend):
+        raise BundleError(
+            f"{bundle_folder}: backend is {bundle.backend!r}, not {backend!r}; "
+            f"run python -m export --backend {backend}."
+        )
+    if bundle.backend != "onnxruntime":
+        from .trt.plans import check_bundle
+
+        check_bundle(bundle)
+        raise BundleError(
+            f"{bundle_folder}: this version compiles {bundle.backend} plans and does not run them yet; "
+            f"run python -m export --backend onnxruntime."
+        )
     from .onnxruntime import OnnxRuntimeEngines
 
     return OnnxRuntimeEngines(bundle, threads=threads)

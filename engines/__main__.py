@@ -1,4 +1,5 @@
-"""`python -m engines`: what a bundle is and whether it is sound (info), its step times (profile), its temperatures (calibrate)."""
+"""`python -m engines`: what a bundle is and whether it is sound (info), its step times (profile), its temperatures
+(calibrate)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def info(bundle: Annotated[Path, typer.Option(help="Folder that holds manifest.j
     head = f"Markov {d.markov_head_type} rank {d.markov_rank}" if d.markov_rank else "no Markov head (DFlash)"
     print(f"bundle      {b.folder}  ({b.backend}, {b.dtype}, made {b.created})")
     print(
-        f"target      {t.name}: {t.model_type}, {t.num_layers} layers, hidden {t.hidden_size}, vocabulary {t.vocab_size}"
+        f"target      {t.name}: {t.model_type}, {t.num_layers} layers, hidden {t.hidden_size}, "
+        f"vocabulary {t.vocab_size}"
     )
     print(
         f"draft       block {d.block_size}, {d.depth} layers on target layers {list(d.layer_ids)}, {head}, "
@@ -44,6 +46,12 @@ def info(bundle: Annotated[Path, typer.Option(help="Folder that holds manifest.j
         data = path.with_name(path.name + ".data")
         size = path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
         print(f"{name:11} {size / 1e6:8.1f} MB  {spec.path}  sha256 {spec.sha256[:12]}")
+        for capability, plan in spec.plans.items():
+            nodes, unfused = plan["attention"]["nodes"], len(plan["attention"]["unfused"])
+            what = f"{plan['kernels']} kernels" + (f", {nodes - unfused} of {nodes} attentions fused" if nodes else "")
+            print(f"  for {capability:5} {plan['bytes'] / 1e6:8.1f} MB  {plan['path']}  {what}")
+    if b.tensorrt:
+        print(f"compiled by {b.tensorrt.get('backend')} {b.tensorrt.get('version')}")
     if b.sps:
         taken = b.sps.get("hardware", {})
         print(f"profile     {b.sps.get('date')}  on {taken.get('cpu')}, {b.sps.get('threads')} threads")
@@ -73,7 +81,9 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points and samples: under a minute.")] = False,
     requests: Annotated[Optional[str], typer.Option(help="Requests a step, with commas: 1,2,4,8,16,32.")] = None,
     contexts: Annotated[Optional[str], typer.Option(help="Cached tokens a request, with commas: 128,512,1024.")] = None,
-    seconds: Annotated[Optional[float], typer.Option(help="Time for the measuring, about (200; with --quick 25).")] = None,
+    seconds: Annotated[
+        Optional[float], typer.Option(help="Time for the measuring, about (200; with --quick 25).")
+    ] = None,
     threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
 ) -> None:
     """Measures what a step costs here and writes it into the manifest, for the schedulers causal and lagged.
@@ -106,8 +116,9 @@ def profile(
         picture = None
     samples = sorted(p["samples"] for p in sps["target"])
     print(
-        f"{len(sps['target'])} points of target + verify and {len(sps['draft'])} of the draft, {samples[0]} to {samples[-1]} samples "
-        f"each, in {bundle / 'manifest.json'}" + (f"; the curve: {picture}" if picture else "")
+        f"{len(sps['target'])} points of target + verify and {len(sps['draft'])} of the draft, "
+        f"{samples[0]} to {samples[-1]} samples each, in {bundle / 'manifest.json'}"
+        + (f"; the curve: {picture}" if picture else "")
     )
 
 
@@ -125,9 +136,22 @@ def _numbers(name: str, text: str | None, default: tuple[int, ...]) -> tuple[int
 def _bar(text: str) -> Iterator[Callable[[float], None]]:
     """A bar with the time left on stderr; is told the share that is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(text, total=1.0)
         yield lambda share: bar.update(task, completed=share)

@@ -70,9 +70,9 @@ class BackboneResult:
 
 @dataclass(frozen=True)
 class MarkovBatch:
-    """hidden [R, G, d], base_logits [R, G, V_d], anchor_ids [R]. A draft token is the argmax, except for the requests of
-    sample_index [Rs] (temperature [Rs] > 0, uniforms [Rs, G]: drawn) and of match_index [Rc] (match_temperature [Rc] > 0,
-    noise [Rc, G, V]: argmax of logits / temperature + noise)."""
+    """hidden [R, G, d], base_logits [R, G, V_d], anchor_ids [R]. A draft token is the argmax, except for the requests
+    of sample_index [Rs] (temperature [Rs] > 0, uniforms [Rs, G]: drawn) and of match_index [Rc] (match_temperature [Rc]
+    > 0, noise [Rc, G, V]: argmax of logits / temperature + noise)."""
 
     hidden: ndarray
     base_logits: ndarray
@@ -120,18 +120,19 @@ class ConfidenceResult:
 
 @dataclass(frozen=True)
 class VerifyBatch:
-    """logits [M, V]; row_index [R, G+1] (row of each slot, padded by repeating the request's last), draft_tokens [R, G],
-    num_draft [R] (n, 0..G): enough for greedy requests. Whatever else is wanted is listed, and every list may be empty:
+    """logits [M, V]; row_index [R, G+1] (row of each slot, padded by repeating the request's last), draft_tokens [R,
+    G], num_draft [R] (n, 0..G): enough for greedy requests. Whatever else is wanted is listed, and every list may be
+    empty:
 
     wide rows (edited, drawn or matched): wide_rows [Mw] (rows of logits), temperature [Mw] (1 for a greedy row);
-    edits l -> (l / scale if l > 0 else l * scale) + add: edit_at [E, 2] (wide row, token; each pair once), edit_scale [E],
-    edit_add [E]; filters: filter_rows [Mf] (wide rows), top_k [Mf] int64 (V = off), top_p [Mf] (1 = off), min_p [Mf] (0 = off),
-    top_count [1] int64: how many of a row's largest probabilities are looked at;
+    edits l -> (l / scale if l > 0 else l * scale) + add: edit_at [E, 2] (wide row, token; each pair once), edit_scale
+    [E], edit_add [E]; filters: filter_rows [Mf] (wide rows), top_k [Mf] int64 (V = off), top_p [Mf] (1 = off), min_p
+    [Mf] (0 = off), top_count [1] int64: how many of a row's largest probabilities are looked at;
     matched rows (coupled: noise of the row's position; greedy with edits: zeros): match_rows [Mc] (wide rows),
     noise [Mc, V], match_filtered [Mx] (which of the Mc rows are in filter_rows too);
-    requests of the rejection rule: sample_index [Rs] (requests), sample_rows [Rs, G+1] (wide rows, padded as row_index),
-    draft_rows [Rs] (rows of draft_probs, any where n = 0), draft_indices [Rs, G], draft_probs [Rq, G, V_d] (Rq >= 1 if
-    Rs >= 1), accept_uniforms [Rs, G], next_uniforms [Rs, G+1] (by the slot where the next token is drawn);
+    requests of the rejection rule: sample_index [Rs] (requests), sample_rows [Rs, G+1] (wide rows, padded as
+    row_index), draft_rows [Rs] (rows of draft_probs, any where n = 0), draft_indices [Rs, G], draft_probs [Rq, G, V_d]
+    (Rq >= 1 if Rs >= 1), accept_uniforms [Rs, G], next_uniforms [Rs, G+1] (by the slot where the next token is drawn);
     log-probs: log_prob_rows [Ml] (rows of logits), log_prob_at [Ml, 2] (request, slot)."""
 
     logits: ndarray
@@ -182,8 +183,8 @@ class VerifyBatch:
 @dataclass(frozen=True)
 class VerifyResult:
     """accepted [R] (0..num_draft), next_tokens [R]; complete [Mf] bool: False where top_count was too small for a row's
-    filters (then nothing of its request holds: call again with more); log_probs [Ml]: of the raw logits at the slot's token,
-    meaningful for slots 0 .. accepted."""
+    filters (then nothing of its request holds: call again with more); log_probs [Ml]: of the raw logits at the slot's
+    token, meaningful for slots 0 .. accepted."""
 
     accepted: ndarray
     next_tokens: ndarray
@@ -198,8 +199,8 @@ MASK_VALUES = {
 
 
 class Engines(Protocol):
-    """A loaded bundle. Not thread safe: one thread drives it. `verify_rows`: wide rows that one verify call should have at
-    most (what stays in this machine's caches), None = any number.
+    """A loaded bundle. Not thread safe: one thread drives it. `verify_rows`: wide rows that one verify call should have
+    at most (what stays in this machine's caches), None = any number.
 
     Cache row r of both caches belongs to active request r. `target_capacity` and `draft_capacity` are the C that the
     masks must have; they change only in `ensure_capacity`. write_index + Q <= C must hold in every call.

@@ -21,10 +21,11 @@ def bucket(length: int) -> int:
 
 class Caches:
     """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Neighbouring rows are contiguous
-    memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses do.
+    memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses
+    do.
 
-    Memory is taken for the next multiple of ROOM positions, so that most steps only move rows apart within it: fresh memory
-    would cost more than the move."""
+    Memory is taken for the next multiple of ROOM positions, so that most steps only move rows apart within it: fresh
+    memory would cost more than the move."""
 
     def __init__(self, count: int, heads: int, head_dim: int, dtype: str = "float32"):
         self.heads, self.head_dim, self.dtype = heads, head_dim, np.dtype(dtype)
@@ -49,7 +50,10 @@ class Caches:
     def _move_apart(self, tensor: ndarray, capacity: int, keep: int) -> ndarray:
         """`tensor` with another capacity in its own memory: what was beyond the old capacity is old, finite data."""
         room, new = tensor.base, self._shaped(tensor.base, len(tensor), capacity)
-        size, step = min(self.capacity, capacity) * self.head_dim, (self.capacity * self.head_dim, capacity * self.head_dim)
+        size, step = (
+            min(self.capacity, capacity) * self.head_dim,
+            (self.capacity * self.head_dim, capacity * self.head_dim),
+        )
         order = range(keep * self.heads)
         for block in reversed(order) if capacity > self.capacity else order:  # never over a block that has yet to move
             source, destination = block * step[0], block * step[1]

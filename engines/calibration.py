@@ -17,13 +17,16 @@ OPTIONAL = ("bias",)
 def store(folder: Path, file: Path) -> dict:
     """Checks `file` (JSON) against the bundle in `folder` and writes it into the manifest. Returns what was written.
 
-    Raises BundleError, before anything is written, for a file of another draft or target, of a wrong length, or no such file.
+    Raises BundleError, before anything is written, for a file of another draft or target, of a wrong length, or no such
+    file.
     """
     bundle = Bundle.load(folder)
     try:
         raw = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file} is not a readable calibration ({error}); make one with python -m training calibrate.") from None
+        raise BundleError(
+            f"{file} is not a readable calibration ({error}); make one with python -m training calibrate."
+        ) from None
     missing = [key for key in KEYS if not isinstance(raw, dict) or key not in raw]
     if missing:
         raise BundleError(f"{file} lacks the key {missing[0]!r}; make one with python -m training calibrate.")

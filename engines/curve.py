@@ -10,15 +10,17 @@ from typing import Any
 
 
 def draw(sps: dict[str, Any], file: Path, title: str = "") -> None:
-    """Writes a PNG: one panel a context (a line for each number of requests, 10th to 90th percentile as band), and one of
-    the draft. Raises ImportError without matplotlib."""
+    """Writes a PNG: one panel a context (a line for each number of requests, 10th to 90th percentile as band), and one
+    of the draft. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     contexts, requests = sps["contexts"], sps["requests"]
-    figure, panels = pyplot.subplots(1, len(contexts) + 1, figsize=(4.2 * (len(contexts) + 1), 3.8), layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(contexts) + 1, figsize=(4.2 * (len(contexts) + 1), 3.8), layout="constrained"
+    )
     colors = dict(zip(requests, pyplot.cm.viridis([0.9 * i / max(len(requests) - 1, 1) for i in range(len(requests))])))
     for panel, context in zip(panels, contexts):
         for r in requests:
@@ -27,7 +29,13 @@ def draw(sps: dict[str, Any], file: Path, title: str = "") -> None:
             low, mid, high = ([1e3 / p[key] for p in points] for key in ("high", "ms", "low"))
             panel.fill_between(x, low, high, color=colors[r], alpha=0.25, linewidth=0)
             panel.plot(x, mid, ".-", color=colors[r], markersize=4, linewidth=1, label=f"{r} request{'s' * (r > 1)}")
-        panel.set(xscale="log", yscale="log", xlabel="batch tokens", ylabel="steps/s", title=f"target + verify, context {context}")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="batch tokens",
+            ylabel="steps/s",
+            title=f"target + verify, context {context}",
+        )
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     for context in contexts:

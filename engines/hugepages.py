@@ -1,8 +1,8 @@
 """Huge pages for the memory that weights are streamed from.
 
-Knows: Linux' madvise. Refuses to know: engines, weights. A pass over a small model reads every weight once, and with pages
-of 4 KiB the address translation is a good part of it. Most distributions give huge pages only to memory that asks for them
-(/sys/kernel/mm/transparent_hugepage/enabled: madvise), and ONNX Runtime does not ask.
+Knows: Linux' madvise. Refuses to know: engines, weights. A pass over a small model reads every weight once, and with
+pages of 4 KiB the address translation is a good part of it. Most distributions give huge pages only to memory that asks
+for them (/sys/kernel/mm/transparent_hugepage/enabled: madvise), and ONNX Runtime does not ask.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ MAPS, SETTING = Path("/proc/self/maps"), Path("/sys/kernel/mm/transparent_hugepa
 
 
 def places() -> set[int]:
-    """Addresses in this process where a huge page could lie; none where the system has none or its setting is `never`."""
+    """Addresses in this process where a huge page could lie; none where the system has none or its setting is
+    `never`."""
     try:
         allowed = sys.platform == "linux" and "[never]" not in SETTING.read_text()
         return places_in(MAPS.read_text()) if allowed else set()
@@ -26,8 +27,8 @@ def places() -> set[int]:
 
 
 def places_in(maps: str) -> set[int]:
-    """The same for a /proc/<pid>/maps text: multiples of SIZE wholly inside a private, writable, anonymous mapping (heap and
-    nameless; never a stack or a file)."""
+    """The same for a /proc/<pid>/maps text: multiples of SIZE wholly inside a private, writable, anonymous mapping
+    (heap and nameless; never a stack or a file)."""
     found: set[int] = set()
     for line in maps.splitlines():
         addresses, access, _, _, inode, *name = line.split(maxsplit=5)
@@ -38,7 +39,8 @@ def places_in(maps: str) -> set[int]:
 
 
 def ask(addresses: set[int]) -> int:
-    """Asks for a huge page at each address (of `places`), without changing what is there; returns how many were accepted."""
+    """Asks for a huge page at each address (of `places`), without changing what is there; returns how many were
+    accepted."""
     if not addresses:
         return 0
     madvise = ctypes.CDLL(None).madvise

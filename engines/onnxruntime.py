@@ -37,9 +37,11 @@ _ORT_DTYPES = {
 }
 
 
+SPIN_US = 200
 # Rows of one verify call, as float32: what one step of the graph hands to the next stays in the second-level cache
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
+_NOTHING = np.zeros(1)  # where empty arrays lie
 
 
 class OnnxRuntimeEngines:
@@ -130,7 +132,7 @@ class Graph:
         self.cache_inputs = [s.name for s in spec.inputs if is_cache(s.name)]
         self.device = ort.OrtDevice.make("cpu", 0)._get_c_device()
         self._buffers: dict[str, ndarray] = {}
-        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[int, int], Binding] = {}
         self._generation = -1
 
     def run(self, feeds: dict[str, ndarray | None], first_row: int = 0) -> dict[str, ndarray]:
@@ -152,13 +154,13 @@ class Graph:
             arrays.append((name, dtype.type, np.ascontiguousarray(array)))
         binding = self._binding(first_row, sizes)
         for name, kind, array in arrays:
-            binding.bind_input(name, self.device, kind, array.shape, array.ctypes.data)
+            binding.input(name, kind, array)
         results = {}
         for name, dtype, shape in self.outputs:
             array = self._buffer(name, dtype, tuple(d if isinstance(d, int) else sizes[d] for d in shape))
-            binding.bind_output(name, self.device, dtype.type, array.shape, array.ctypes.data)
+            binding.output(name, dtype.type, array)
             results[name] = array
-        self.session._sess.run_with_iobinding(binding, None)
+        self.session._sess.run_with_iobinding(binding.values, None)
         return results
 
     def _buffer(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
@@ -168,7 +170,7 @@ class Graph:
             flat = self._buffers[name] = np.empty(max(size, 1), dtype)
         return flat[:size].reshape(shape)
 
-    def _binding(self, first_row: int, sizes: dict[str, int]):
+    def _binding(self, first_row: int, sizes: dict[str, int]) -> Binding:
         """The binding of this row range, its caches already bound."""
         if self.caches is None:
             key = (0, 0)
@@ -176,29 +178,51 @@ class Graph:
             key = (first_row, sizes["R"])
             if first_row < 0 or first_row + sizes["R"] > self.caches.rows or sizes["C"] != self.caches.capacity:
                 raise ValueError(
-                    f"{self.name}: rows {first_row}..{first_row + sizes['R'] - 1} with C = {sizes['C']} do not fit the caches "
-                    f"({self.caches.rows} rows, capacity {self.caches.capacity})."
+                    f"{self.name}: rows {first_row}..{first_row + sizes['R'] - 1} with C = {sizes['C']} do not fit "
+                    f"the caches ({self.caches.rows} rows, capacity {self.caches.capacity})."
                 )
             if self._generation != self.caches.generation:
                 self._bindings.clear()
                 self._generation = self.caches.generation
         if key not in self._bindings:
-            binding = self._bindings[key] = ort.IOBinding(self.session)._iobinding
+            binding = self._bindings[key] = Binding(self.session, self.device)
             for i, name in enumerate(self.cache_inputs):
                 view = self.caches.view(i, *key)
                 output = name.replace("past_key_values.", "present.")
-                binding.bind_input(name, self.device, view.dtype.type, view.shape, view.ctypes.data)
-                binding.bind_output(output, self.device, view.dtype.type, view.shape, view.ctypes.data)
+                binding.input(name, view.dtype.type, view)
+                binding.output(output, view.dtype.type, view)
         return self._bindings[key]
 
 
+class Binding:
+    """The values of one graph by address. Binding costs more than comparing, and most places stay: the caches, the
+    outputs' buffers, whatever is empty. An array that is bound must live until the run is over."""
+
+    def __init__(self, session: ort.InferenceSession, device):
+        self.values, self.device = ort.IOBinding(session)._iobinding, device
+        self.places: dict[str, tuple] = {}
+
+    def input(self, name: str, kind: type, array: ndarray) -> None:
+        self._bind(self.values.bind_input, name, kind, array)
+
+    def output(self, name: str, kind: type, array: ndarray) -> None:
+        self._bind(self.values.bind_output, name, kind, array)
+
+    def _bind(self, bind, name: str, kind: type, array: ndarray) -> None:
+        place = array.__array_interface__["data"][0] if array.size else _NOTHING.ctypes.data, array.shape
+        if self.places.get(name) != place:
+            bind(name, self.device, kind, array.shape, place[0])
+            self.places[name] = place
+
+
 def session_options(threads: int, log_severity: int = 3) -> ort.SessionOptions:
-    """`threads` intra-op threads, one operator at a time. Five sessions share the cores, so a session's threads stop
-    spinning when its run ends. `log_severity` 3 = errors only, 2 = warnings too."""
+    """`threads` intra-op threads, one operator at a time. Five sessions share the cores: an idle thread spins for
+    SPIN_US, long enough for the next operator and for the host's part of a round, too short to be in the way of the next
+    session. `log_severity` 3 = errors only, 2 = warnings too."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = log_severity
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     return options
 
 
@@ -234,6 +258,6 @@ def _check_graph(path: Path, declared: tuple[TensorSpec, ...], actual: list) -> 
         same = len(spec.shape) == len(node.shape) and all(a == b for a, b in dims)
         if _ORT_DTYPES.get(node.type) != spec.dtype or not same:
             raise BundleError(
-                f"{path}: {spec.name!r} is {node.type} {node.shape}, the manifest says {spec.dtype} {list(spec.shape)}; "
-                "export the bundle again (python -m export)."
+                f"{path}: {spec.name!r} is {node.type} {node.shape}, the manifest says {spec.dtype} "
+                f"{list(spec.shape)}; export the bundle again (python -m export)."
             )

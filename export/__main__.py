@@ -6,84 +6,145 @@ Knows: the order of the steps and what the user sees of them. Refuses to know: a
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
 from rich.console import Console
 
+from engines.bundle import DTYPES
+from engines.trt.api import default_backend
+
 from .account import check_graphs
 from .backbone import build_backbone
-from .bundle import copy_tokenizer, draft_entry, kept_calibration, load_models, target_entry, write_manifest, written_whole
+from .bundle import (
+    copy_tokenizer,
+    draft_entry,
+    engine_entry,
+    kept_calibration,
+    load_models,
+    target_entry,
+    write_manifest,
+    written_whole,
+)
+from .compile import Planner, PlanOptions
 from .graph import Graph
 from .heads import build_confidence, build_markov
 from .lower_onnxruntime import lower
 from .parity import check_parity
+from .precision import HALF, emulated, to_half
 from .quantize import quantize
 from .target import build_target
 from .verify import build_verify
 
-
-class Backend(str, Enum):
-    onnxruntime = "onnxruntime"
-
-
-class Dtype(str, Enum):
-    fp32 = "fp32"
-    int8 = "int8"
+AUTO = "auto"
+Backend = Enum("Backend", {name: name for name in (*DTYPES, AUTO)}, type=str)
+Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "fp16", "bf16")}, type=str)
 
 
-def build_graphs(target, draft, *, dtype: str, max_context: int) -> list[Graph]:
-    """The five graphs in the order of the round, in the form of the backend."""
+def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: int | None = None) -> list[Graph]:
+    """The five graphs in the order of the round: TensorRT's form for a half-precision dtype (with its caches' fixed
+    length), ONNX Runtime's for the others."""
     graphs = [
-        build_target(target, max_context),
-        build_backbone(draft, max_context),
+        build_target(target, max_context, static_cache=static_cache),
+        build_backbone(draft, max_context, static_cache=static_cache),
         build_markov(draft),
         build_confidence(draft),
         build_verify(draft.config.block_size, target.config.vocab_size, draft.draft_to_target().numpy()),
     ]
     for graph in graphs:
+        if dtype in HALF:
+            to_half(graph, dtype)
+            continue
         if dtype == "int8":
             quantize(graph)
         lower(graph)
     return graphs
 
 
-def export(target: Path, draft: Path, out: Path, *, backend: str = "onnxruntime", dtype: str = "fp32",
-           max_context: int | None = None, console: Console | None = None) -> None:
-    """Writes the bundle `out` and checks it. Raises ValueError or FileNotFoundError with one sentence."""
-    console = console or Console(stderr=True)
+def export(
+    target: Path, draft: Path, out: Path, *, backend: str = "onnxruntime", dtype: str | None = None,
+    max_context: int | None = None, options: PlanOptions = PlanOptions(), console: Console | None = None,
+) -> None:  # fmt: skip
+    """Writes the bundle `out` and checks it. backend "auto": TensorRT where it loads, else TensorRT-RTX; dtype None:
+    the backend's first (DTYPES); options: for a TensorRT only.
+
+    Raises ValueError or FileNotFoundError with one sentence."""
+    backend = default_backend() if backend == AUTO else backend
+    console, dtype = console or Console(stderr=True), dtype or DTYPES[backend][0]
+    if dtype not in (dtypes := DTYPES[backend]):
+        raise ValueError(f"dtype is {dtype!r}; for the backend {backend} it must be one of {', '.join(dtypes)}.")
+    planner = None if backend == "onnxruntime" else Planner.of(backend, options)  # refuses before anything is read
     with written_whole(out) as partial:
         with console.status("reading checkpoints"):
             target_model, draft_model, max_context = load_models(target, draft, max_context)
-        graphs = build_graphs(target_model, draft_model, dtype=dtype, max_context=max_context)
+        limits = planner and planner.limits(target_model, draft_model, max_context)
+        cache = limits.cache if limits else None
+        graphs = build_graphs(target_model, draft_model, dtype=dtype, max_context=max_context, static_cache=cache)
         check_graphs(graphs, target_model, draft_model)
         for graph in graphs:
             with console.status(f"writing {graph.name}"):
                 graph.save(partial / "onnx" / graph.name)
         copy_tokenizer(target, partial)
-        with console.status("checking parity with PyTorch"):
-            parity = check_parity(partial, graphs, target_model, draft_model, target, dtype=dtype, console=console)
+        with console.status("checking parity with PyTorch"), runnable(partial, graphs, dtype) as (folder, runnables):
+            parity = check_parity(folder, runnables, target_model, draft_model, target, dtype=dtype, console=console)
         with console.status("hashing"):
             entries = target_entry(target, target_model.config), draft_entry(draft, draft_model.config)
-            write_manifest(
-                partial, graphs, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=parity,
-                calibration=kept_calibration(out, *entries),
-            )
+            engines = {graph.name: engine_entry(graph, partial) for graph in graphs}
+        settings = planner and planner.compile(partial, graphs, engines, limits, previous=out, console=console)
+        write_manifest(
+            partial, engines, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=parity,
+            calibration=kept_calibration(out, *entries), tensorrt=settings,
+        )
     console.print(f"wrote {out}")
+
+
+@contextmanager
+def runnable(partial: Path, graphs: list[Graph], dtype: str) -> Iterator[tuple[Path, list[Graph]]]:
+    """(folder, graphs) for ONNX Runtime's CPU provider: the bundle's own, or a float32 emulation of half-precision
+    ones."""
+    if dtype not in HALF:
+        yield partial, graphs
+        return
+    with TemporaryDirectory(dir=partial) as folder:
+        emulations = [emulated(graph, dtype) for graph in graphs]
+        for graph in emulations:
+            graph.save(Path(folder) / "onnx" / graph.name)
+        yield Path(folder), emulations
 
 
 def main(
     target: Path = typer.Option(..., help="Hugging Face folder of the target (config.json, *.safetensors)."),
     draft: Path = typer.Option(..., help="DeepSpec folder of the draft."),
     out: Path = typer.Option(..., help="The bundle to write, for example build/NAME."),
-    backend: Backend = typer.Option(Backend.onnxruntime, help="What the graphs are lowered for."),
-    dtype: Dtype = typer.Option(Dtype.fp32, help="int8: 8-bit weights and activations, scaled per token or finer."),
-    max_context: int = typer.Option(None, help="Longest cache the graphs are built for, in tokens (2048, or the target's own limit)."),
+    backend: Backend = typer.Option("onnxruntime", help="auto: TensorRT where it loads, else TensorRT-RTX."),
+    dtype: Dtype = typer.Option(
+        None, help="onnxruntime: fp32, or int8 (8-bit weights and activations). TensorRT: fp16, or bf16."
+    ),
+    max_context: int = typer.Option(
+        None, help="Longest cache the graphs are built for, in tokens (2048, or the target's own limit)."
+    ),
+    compute_capability: list[str] = typer.Option(
+        [], help="tensorrt-rtx: GPUs to compile for, as 8.9 (repeatable, or with commas); this machine's, or 8.9."
+    ),
+    max_requests: int = typer.Option(64, help="TensorRT: requests that decode at once, at most."),
+    chunk: int = typer.Option(512, help="TensorRT: prompt tokens in one pass, at most."),
+    workspace: float = typer.Option(4.0, help="TensorRT: GPU memory a kernel may take beside its operands, in GB."),
 ) -> None:
     """Export a target and its draft to a bundle, and check every graph against PyTorch."""
     try:
-        export(target, draft, out, backend=backend.value, dtype=dtype.value, max_context=max_context)
+        capabilities = tuple(part.strip() for text in compute_capability for part in text.split(","))
+        options = PlanOptions(capabilities, max_requests, chunk, int(workspace * 1e9))
+        precision = dtype and dtype.value
+        export(
+            target, draft, out, backend=backend.value, dtype=precision, max_context=max_context, options=options
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("export: ended; nothing was written.", file=sys.stderr)
+        raise typer.Exit(130)
     except (ValueError, FileNotFoundError) as error:
         print(f"export: {error}", file=sys.stderr)
         raise typer.Exit(1)

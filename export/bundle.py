@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Iterator
 
 from training.checkpoint import checkpoint_hash, config_from_json, load_draft
+from training.decoder_config import DecoderConfig
 from training.draft import DraftConfig, DraftModel
-from training.target import DecoderConfig, TargetModel
+from training.target import TargetModel
 
 from .graph import OPSET, Graph
 
@@ -107,9 +108,10 @@ def file_hash(path: Path) -> str:
 
 
 def write_manifest(
-    bundle: Path, graphs: list[Graph], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int, parity: list[dict],
-    calibration: dict | None = None,
+    bundle: Path, engines: dict[str, dict], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int,
+    parity: list[dict], calibration: dict | None = None, tensorrt: dict | None = None,
 ) -> None:  # fmt: skip
+    """engines: {name: engine_entry, with `plans` where there are any}; tensorrt: engines/trt/plans.py's settings."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -118,9 +120,10 @@ def write_manifest(
         "target": target,
         "draft": draft,
         "max_context": max_context,
-        "engines": {g.name: engine_entry(g, bundle) for g in graphs},
+        "engines": engines,
         "builder": {**{name: version(name) for name in BUILDER_PACKAGES}, "opset": OPSET},
         "parity": parity,
+        **({"tensorrt": tensorrt} if tensorrt else {}),
         **({"calibration": calibration} if calibration else {}),
     }
     (bundle / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The layer pieces that the target's and the draft backbone's graphs share.
 
-Knows: how a decoder layer of training/target.py is spelled in ONNX. Refuses to know: packing, caches' owners, precision.
+Knows: how a decoder layer of training/target.py is spelled in ONNX. Refuses to know: packing, caches' owners,
+precision.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from training.target import DecoderConfig, RopeConfig
+from training.decoder_config import DecoderConfig, RopeConfig
 
 from .graph import Graph
 
@@ -31,7 +32,8 @@ class Weights:
     def linear(self, x: str, *layers: str, int8: str | None = "row", out: str | int = 1) -> str:
         """x [rows, in] -> [rows, sum of outs]: the named nn.Linear layers side by side, as one MatMul.
 
-        int8: the form it takes in the int8 pass ("row", "row-or-none" or "block", export/quantize.py); None = stays float32.
+        int8: the form it takes in the int8 pass ("row", "row-or-none" or "block", export/quantize.py); None = stays
+        float32.
         """
         g = self.graph
         sources = tuple(f"{layer}.weight" for layer in layers)
@@ -52,14 +54,18 @@ def rms_norm(w: Weights, x: str, layer: str, eps: float, out: str | int = 1) -> 
 
 
 def rope_tables(
-    g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: int = 0
+    g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: int = 0, scale: float | None = None
 ) -> tuple[str, str, int]:
-    """cos and sin initializers [max_context + slack, D/2], and how many rows that is. unturned: that many rows more, which
-    leave a head as it is (cos 1, sin 0)."""
+    """cos and sin initializers [max_context + slack, D/2], and how many rows that is. unturned: that many rows more,
+    which leave a head as it is (cos 1, sin 0). scale: the first rows once more, at the end, for heads that are scaled
+    as they are turned."""
     rows = max_context + ROPE_SLACK
-    cos, sin = (table.numpy() for table in rope.tables(head_dim, rows))
-    cos, sin = np.pad(cos, ((0, unturned), (0, 0)), constant_values=1), np.pad(sin, ((0, unturned), (0, 0)))
-    return g.weight("rope.cos", cos), g.weight("rope.sin", sin), rows
+    tables = [table.numpy() for table in rope.tables(head_dim, rows)]
+    for i, (name, still) in enumerate((("cos", 1), ("sin", 0))):
+        scaled = tables[i] * np.float32(scale) if scale else tables[i][:0]
+        padded = np.pad(tables[i], ((0, unturned), (0, 0)), constant_values=still)
+        g.weight(f"rope.{name}", np.concatenate([padded, scaled]))
+    return "rope.cos", "rope.sin", rows
 
 
 def cache_names(layer: int) -> tuple[str, str, str, str]:
@@ -68,7 +74,8 @@ def cache_names(layer: int) -> tuple[str, str, str, str]:
 
 
 def cache_write(g: Graph, c: DecoderConfig, layer: int, key: str, value: str, write_index: str) -> tuple[str, str]:
-    """Declares the layer's linear caches [R, H_kv, C, D] and writes key and value [R, H_kv, Q, D] at write_index [R]."""
+    """Declares the layer's linear caches [R, H_kv, C, D] and writes key and value [R, H_kv, Q, D] at write_index
+    [R]."""
     past_key, past_value, present_key, present_value = cache_names(layer)
     shape = ("R", c.num_key_value_heads, "C", c.head_dim)
     for past, new, present in ((past_key, key, present_key), (past_value, value, present_value)):
@@ -83,8 +90,8 @@ def attention(g: Graph, c: DecoderConfig, q: str, k: str, v: str, mask: str) -> 
 
     The heads of a group are laid side by side as slots of one head, q [R, H_kv, H / H_kv * Q, D]: the same numbers, but
     keys and values are read once a group, and a matrix product never has a single row, for which ONNX Runtime takes
-    another kernel with another rounding: a token's logits would depend on how many tokens share its pass. Without groups
-    each slot is computed twice for that reason.
+    another kernel with another rounding: a token's logits would depend on how many tokens share its pass. Without
+    groups each slot is computed twice for that reason.
     """
     alone = c.num_attention_heads == c.num_key_value_heads
     q = g.op("Concat", q, q, axis=2) if alone else g.reshape(q, 0, c.num_key_value_heads, -1, c.head_dim)
@@ -98,7 +105,8 @@ def group_mask(g: Graph, c: DecoderConfig, mask: str) -> str:
 
 
 def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:
-    """Index [R, heads, Q] into the [rows * total, D] view of [rows, total * D]: head `first + h` of packed row rows[r, j].
+    """Index [R, heads, Q] into the [rows * total, D] view of [rows, total * D]: head `first + h` of packed row rows[r,
+    j].
 
     One Gather with it both pads and transposes; computed once a pass, used by every layer.
     """

@@ -21,6 +21,8 @@ DATA_ALIGNMENT = 64
 
 DTYPES = {
     "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
     "bool": TensorProto.BOOL,
@@ -137,7 +139,7 @@ class Graph:
             with open(folder / "model.onnx.data", "wb") as file:
                 for position, array in large:
                     file.seek(position)
-                    file.write(memoryview(array).cast("B"))
+                    file.write(array.reshape(-1).view(np.uint8))
         value_info = lambda spec: helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
         graph = helper.make_graph(
             self.nodes, self.name, [value_info(s) for s in self.inputs], [value_info(s) for s in self.outputs], tensors

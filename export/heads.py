@@ -1,4 +1,5 @@
-"""The two heads' graphs: the sequential Markov head with its sampling, unrolled over the block, and the confidence head.
+"""The two heads' graphs: the sequential Markov head with its sampling, unrolled over the block, and the confidence
+head.
 
 Knows: DraftModel.sample_block and DraftModel.confidence. Refuses to know: the backbone, verification, precision.
 Legend: R requests, G block size, d hidden size, V_d draft vocabulary, r Markov rank.
@@ -91,7 +92,8 @@ def split_slots(g: Graph, x: str, G: int) -> list[str]:
 
 
 class MarkovSteps:
-    """The steps of MarkovHead (vanilla, gated, rnn). What depends on `hidden` alone is computed for all slots at once."""
+    """The steps of MarkovHead (vanilla, gated, rnn). What depends on `hidden` alone is computed for all slots at
+    once."""
 
     def __init__(self, w: Weights, model: DraftModel, hidden: str | None):
         self.w, self.g, self.kind = w, w.graph, model.config.markov_head_type
@@ -143,11 +145,18 @@ def build_confidence(model: DraftModel) -> Graph:
     w = Weights(g, model.state_dict())
     hidden = g.input("hidden", "float32", ("R", c.block_size, c.decoder.hidden_size))
     if model.confidence_head is None:
-        g.op("Expand", g.const([[ALWAYS_CONFIDENT]], "float32"), g.op("Shape", hidden, start=0, end=2), out="confidence_logits")
+        g.op(
+            "Expand",
+            g.const([[ALWAYS_CONFIDENT]], "float32"),
+            g.op("Shape", hidden, start=0, end=2),
+            out="confidence_logits",
+        )
     else:
         x = hidden
         if c.confidence_head_with_markov:
-            x = g.op("Concat", hidden, g.input("markov_embeddings", "float32", ("R", c.block_size, c.markov_rank)), axis=-1)
+            x = g.op(
+                "Concat", hidden, g.input("markov_embeddings", "float32", ("R", c.block_size, c.markov_rank)), axis=-1
+            )
         logits = w.linear(x, "confidence_head.proj", int8=None)
         g.op("Squeeze", logits, g.const([2]), out="confidence_logits")
     g.output("confidence_logits", "float32", ("R", c.block_size))

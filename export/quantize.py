@@ -1,17 +1,17 @@
 """The int8 pass: a graph's big MatMuls with 8-bit weights, in one of two forms.
 
-Knows: the arithmetic below. Refuses to know: models. Activations are never scaled per tensor: a token's result must not depend
-on which tokens share its pass, or greedy decoding with and without speculation would differ.
+Knows: the arithmetic below. Refuses to know: models. Activations are never scaled per tensor: a token's result must not
+depend on which tokens share its pass, or greedy decoding with and without speculation would differ.
 
 "row": weights per output channel, activations per token, one integer product over the whole row.
     m = max |x| of the row;  a = round(127 x / m) + 128 (uint8);  y = (a - 128) @ W_int8 * (column scale / 127) * m
 "row-or-none" is the same for inputs that may have no rows at all (the logits of a pass that wants none).
-A row of zeros gives 0 / 0 = NaN, any finite integers, and y = 0 because m = 0. uint8 x int8 is what x86's VNNI multiplies; CPUs
-without it (AVX2 only) may saturate the products, which the parity check of the export would show.
+A row of zeros gives 0 / 0 = NaN, any finite integers, and y = 0 because m = 0. uint8 x int8 is what x86's VNNI
+multiplies; CPUs without it (AVX2 only) may saturate the products, which the parity check of the export would show.
 
-"block": weights (and, in ONNX Runtime's form, activations) scaled per BLOCK consecutive inputs, so that a huge channel costs
-precision in its own block only. In standard ops the weights are dequantised by DequantizeLinear and the product is float32;
-lower_onnxruntime makes the pair one MatMulNBits, whose 8-bit activations are its own affair.
+"block": weights (and, in ONNX Runtime's form, activations) scaled per BLOCK consecutive inputs, so that a huge channel
+costs precision in its own block only. In standard ops the weights are dequantised by DequantizeLinear and the product
+is float32; lower_onnxruntime makes the pair one MatMulNBits, whose 8-bit activations are its own affair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .graph import Graph
 
 ZERO_POINT = 128
 STEP = 1 / 127
-BLOCK = 64  # ONNX Runtime's kernels at 128 and 256 round a single row differently from the same row in a batch; 32 is slower
+BLOCK = 64  # ONNX Runtime's kernels at 128 and 256 round a row alone and in a batch differently; 32 is slower
 
 
 def quantize(g: Graph) -> None:
@@ -71,7 +71,9 @@ def block_matmul(g: Graph, node: NodeProto) -> None:
     array, scale = quantize_blocks(g.weights[name])
     weight = g.weight(f"{name}.int8", array, g.sources[name])
     scales = g.weight(f"{name}.scale", scale, g.sources[name])
-    g.op("MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0])
+    g.op(
+        "MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0]
+    )
 
 
 def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +84,9 @@ def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[K, N] float32 -> int8 [K, N] in -127..127 and float32 scales [ceil(K / BLOCK), N], one a block of inputs and column;
-    0 for a block of zeros, which then gives exactly 0 (ONNX Runtime takes the offset of 128 off again in float32)."""
+    """[K, N] float32 -> int8 [K, N] in -127..127 and float32 scales [ceil(K / BLOCK), N], one a block of inputs and
+    column; 0 for a block of zeros, which then gives exactly 0 (ONNX Runtime takes the offset of 128 off again in
+    float32)."""
     parts = [quantize_columns(weight[k : k + BLOCK]) for k in range(0, len(weight), BLOCK)]
     scales = [np.where(array.any(axis=0), scale, np.float32(0)) for array, scale in parts]
     return np.concatenate([array for array, _ in parts]), np.stack(scales)

@@ -104,3 +104,19 @@ def verify_reference(feeds: dict[str, ndarray], draft_to_target: ndarray, tolera
         token = f["draft_tokens"][r, slot] if slot < accepted[r] else following[r]
         values[k] = np.log(softmax(f["logits"][row])[token])
     return Verdict(accepted, low, high, values)
+
+
+def draw_errors(probs: ndarray, uniforms: ndarray, indices: ndarray, tolerance: float = 1e-5) -> ndarray:
+    """[Rs, G] int64, 1 where a uniform lies outside its index's cdf interval (widened by the tolerance, because float32
+    sums differ by their order)."""
+    cdf = probs.astype(np.float64).cumsum(-1)
+    take = lambda a: np.take_along_axis(a, indices[..., None], -1)[..., 0]
+    high, mass = take(cdf), take(probs.astype(np.float64))
+    u = uniforms * cdf[..., -1]
+    return ((u < high - mass - tolerance) | (u > high + tolerance)).astype(np.int64)
+
+
+def pick_errors(scores: ndarray, indices: ndarray, tolerance: float = 1e-5) -> ndarray:
+    """[R, G] int64, 1 where the index's score is under the largest."""
+    chosen = np.take_along_axis(scores, indices[..., None], -1)[..., 0]
+    return (chosen < scores.max(-1) - tolerance * np.abs(scores).max()).astype(np.int64)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.target import DecoderConfig
+from training.decoder_config import DecoderConfig
 
 from .decoder import ROPE_SLACK, Weights, attention, group_mask, head_rows, rope_tables
 from .graph import Graph
@@ -22,7 +22,7 @@ ROPE_BYTES = 64 << 20  # the grouped form's rope tables may take this much
 
 def fits_grouped(c: DecoderConfig, max_context: int) -> bool:
     """Whether a model may take GroupedSlots: no norm of q and k per head, and rope tables of a decent size."""
-    rows = (group_size(c) + 2) * (max_context + ROPE_SLACK)
+    rows = (group_size(c) + 3) * (max_context + ROPE_SLACK)
     return not c.qk_norm and rows * c.head_dim * 4 <= ROPE_BYTES
 
 
@@ -34,8 +34,8 @@ def group_size(c: DecoderConfig) -> int:
 class GroupedSlots:
     """One Gather, one RotaryEmbedding, one Split: the query heads of a group, then its key, then its value, side by side
     as slots of one head [R, H_kv, (G + 2) * Q, D]. The value's slots are positioned at a row of the rope tables that
-    turns nothing (x * 1 - y * 0). ONNX Runtime's form, where fits_grouped; its RotaryEmbedding wants tables that are no
-    shorter than its (G + 2) * Q slots, so they are padded with such rows."""
+    turns nothing (x * 1 - y * 0), the queries' at rows that scale by 1 / sqrt(D) as well. ONNX Runtime's form, where
+    fits_grouped; its RotaryEmbedding wants tables that are no shorter than its (G + 2) * Q slots, so they are padded."""
 
     def __init__(
         self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str
@@ -52,9 +52,11 @@ class GroupedSlots:
         rows = g.op("Add", rows, g.const(heads[None, :, :, None]))
         self.rows = g.reshape(rows, 0, KV, -1)
         spare = (G + 1) * (max_context + ROPE_SLACK)
-        self.cos, self.sin, unturned = rope_tables(g, c.rope, D, max_context, unturned=spare)
+        tables = rope_tables(g, c.rope, D, max_context, unturned=spare, scale=float(D) ** -0.5)
+        self.cos, self.sin, unturned = tables
         still = g.op("Add", g.op("Mul", position_ids, g.const(0)), g.const(unturned))
-        self.positions = g.op("Concat", *[position_ids] * (G + 1), still, axis=1)
+        scaled = g.op("Add", position_ids, g.const(unturned + spare))
+        self.positions = g.op("Concat", *[scaled] * G, position_ids, still, axis=1)
         Q = g.op("Shape", pad_index, start=1, end=2)
         self.sizes = g.op("Mul", Q, g.const([G, 1, 1]))
         self.groups = group_mask(g, c, mask)
@@ -82,7 +84,7 @@ class GroupedSlots:
     def attend(self, q: str, k: str, v: str) -> str:
         """q [R, H_kv, G * Q, D], k and v [R, H_kv, C, D] -> [N, H * D]."""
         g, c = self.graph, self.config
-        o = g.op("Attention", q, k, v, self.groups, scale=float(c.head_dim) ** -0.5)
+        o = g.op("Attention", q, k, v, self.groups, scale=1.0)
         return g.reshape(g.op("GatherND", o, self.packed), -1, c.num_attention_heads * c.head_dim)
 
 

@@ -13,7 +13,8 @@ from .decoder import Weights, cache_write, mlp, rms_norm
 from .graph import Graph
 from .slots import GroupedSlots, SeparateSlots, fits_grouped
 
-# int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too coarse.
+# int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too
+# coarse.
 OUTLIERS = "block"
 
 
@@ -68,5 +69,7 @@ def slice_cache(g: Graph, cache: str, mask: str) -> str:
 def fix_cache_length(g: Graph, length: int) -> None:
     """Replaces the symbol C of the caches (not of the mask) by a number."""
     is_cache = lambda name: name.startswith(("past_key_values.", "present."))
-    fixed = lambda s: type(s)(s.name, s.dtype, tuple(length if n == "C" else n for n in s.shape)) if is_cache(s.name) else s
+    fixed = lambda s: (
+        type(s)(s.name, s.dtype, tuple(length if n == "C" else n for n in s.shape)) if is_cache(s.name) else s
+    )
     g.inputs, g.outputs = [fixed(s) for s in g.inputs], [fixed(s) for s in g.outputs]

@@ -8,8 +8,9 @@ packed: the lists (wide rows, edits, filters, matches, samples, log-probs) may e
 Every op works row by row and gives a row the same bits wherever it lies in the batch: where a row is summed, it is
 summed in runs of a fixed alignment, because a vectorised sum depends on where its row starts.
 
-Legend: M rows of logits, R requests, G block size, V / V_d target / draft vocabulary, Mw wide rows, E edits, Mf filtered,
-Mc matched and Ml log-prob rows, Rs requests of the rejection rule, Rq rows of draft_probs, K the TopK's count.
+Legend: M rows of logits, R requests, G block size, V / V_d target / draft vocabulary, Mw wide rows, E edits, Mf
+filtered, Mc matched and Ml log-prob rows, Rs requests of the rejection rule, Rq rows of draft_probs, K the TopK's
+count.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def filters(g: Graph, p: str, wide_rows: str, V: int) -> tuple[str, str]:
     last = g.op("Min", g.op("Sub", top_k, g.const(1)), g.op("Sub", K, g.const(1)))
     kth = g.op("GatherElements", largest, last, axis=1)
     at_least_k = g.op("Where", by_k, kth, zero)
-    ties = g.op("ReduceSum", g.op("Cast", g.op("GreaterOrEqual", row, kth), to=1), g.const([1]), keepdims=1)  # whole numbers
+    ties = g.op(
+        "ReduceSum", g.op("Cast", g.op("GreaterOrEqual", row, kth), to=1), g.const([1]), keepdims=1
+    )  # whole numbers
     ties = g.op("Sub", ties, g.op("Cast", last, to=1))  # the k-th and those equal to it further down
     mass = g.op("Add", g.op("GatherElements", before, last, axis=1), g.op("Mul", ties, kth))
     mass = g.op("Where", by_k, mass, one)
@@ -116,8 +119,8 @@ def filters(g: Graph, p: str, wide_rows: str, V: int) -> tuple[str, str]:
 
 
 def matches(g: Graph, top: str, wide_rows: str, scores: str, p: str, threshold: str, V: int) -> str:
-    """`top` [M, 1], a row's token under the greedy rule, with the matched rows' own: the argmax of score + noise among the
-    tokens that the filters keep. A draft token is accepted iff it is its row's token."""
+    """`top` [M, 1], a row's token under the greedy rule, with the matched rows' own: the argmax of score + noise among
+    the tokens that the filters keep. A draft token is accepted iff it is its row's token."""
     rows = g.input("match_rows", "int64", ("Mc",))  # wide rows
     noise = g.input("noise", "float32", ("Mc", V))
     filtered = g.input("match_filtered", "int64", ("Mx",))  # which of the Mc rows have filters
@@ -136,7 +139,8 @@ def rejection(
     draft_to_target: np.ndarray,
 ) -> tuple[str, str]:
     """(accepted [Rs, 1], next token [Rs, 1]). With p' = p / kept where p >= threshold: x accepted iff u * q(x) < p'(x);
-    at the first rejection the next token comes from max(p' - q, 0), after n acceptances from p' (paper, Algorithm 1)."""
+    at the first rejection the next token comes from max(p' - q, 0), after n acceptances from p' (paper, Algorithm
+    1)."""
     V_d = len(draft_to_target)
     rows = g.input("sample_rows", "int64", ("Rs", G + 1))  # wide row of each slot
     draft_rows = g.input("draft_rows", "int64", ("Rs",))  # row of draft_probs

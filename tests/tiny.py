@@ -10,18 +10,20 @@ import torch
 from safetensors.torch import save_file
 
 from training.checkpoint import save_draft
+from training.decoder_config import DecoderConfig, RopeConfig
 from training.draft import DraftConfig, DraftModel
-from training.target import DecoderConfig, PackedBatch, RopeConfig, TargetModel
+from training.target import PackedBatch, TargetModel
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 2, 8, 64
 
 
 def decoder_config(
-    family: str, vocab: int, layers: int, *, tied: bool = False, bias: bool = False, kv_heads: int = KV_HEADS
+    family: str, vocab: int, layers: int, *, tied: bool = False, bias: bool = False, kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
 ) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=kv_heads, head_dim=HEAD_DIM, rms_norm_eps=1e-5,
+        num_attention_heads=HEADS, num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5,
         rope=RopeConfig(theta=10000.0), max_position_embeddings=512, qk_norm=family == "qwen3", attention_bias=bias,
         mlp_bias=bias, tie_word_embeddings=tied, model_type=family,
     )
@@ -44,12 +46,12 @@ def randomize(module: torch.nn.Module, seed: int, logit_scale: float = 1.6) -> N
 
 def make_target(
     folder: str | Path, *, family: str = "llama", vocab: int = 64, layers: int = 3, seed: int = 0, tied: bool = False,
-    bias: bool = False, eos: int | list[int] | None = None, kv_heads: int = KV_HEADS,
+    bias: bool = False, eos: int | list[int] | None = None, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM,
 ) -> Path:
     """Writes a Hugging Face folder (config.json, generation_config.json, model.safetensors) of a random target."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    c = decoder_config(family, vocab, layers, tied=tied, bias=bias, kv_heads=kv_heads)
+    c = decoder_config(family, vocab, layers, tied=tied, bias=bias, kv_heads=kv_heads, head_dim=head_dim)
     model = TargetModel(c)
     randomize(model, seed)
     state = {("" if n.startswith("lm_head") else "model.") + n: t.clone() for n, t in model.state_dict().items()}
@@ -61,7 +63,7 @@ def make_target(
     raw = {
         "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]], "model_type": family,
         "vocab_size": vocab, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": kv_heads, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5,
+        "num_attention_heads": HEADS, "num_key_value_heads": kv_heads, "head_dim": head_dim, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "attention_bias": bias, "mlp_bias": bias, "tie_word_embeddings": tied, "hidden_act": "silu",
         "bos_token_id": 0, "eos_token_id": eos,
@@ -82,7 +84,7 @@ def make_draft(
     """
     raw = json.loads((Path(target_folder) / "config.json").read_text())
     target = DecoderConfig.from_hf(raw)
-    c = decoder_config(target.model_type, target.vocab_size, layers)
+    c = decoder_config(target.model_type, target.vocab_size, layers, head_dim=target.head_dim)
     model = DraftModel(DraftConfig(
         decoder=c, block_size=block_size, mask_token_id=target.vocab_size - 2, target_layer_ids=tuple(layer_ids),
         num_target_layers=target.num_hidden_layers, markov_rank=rank, markov_head_type=head,

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,16 +25,9 @@ def test_reads_what_export_wrote(bundle):
     b = Bundle.load(bundle)
     assert (b.target.vocab_size, b.target.num_layers, b.draft.block_size) == (64, 3, 4)
     assert b.target.eos_token_ids == (63,)
-    assert tuple(b.engines) == ENGINE_NAMES == tuple(contract(b))
+    assert tuple(b.engines) == ENGINE_NAMES == tuple(contract(b.target, b.draft))
     assert b.engines["target"].inputs[0].name == "token_ids"
     assert b.tokenizer_file is None
-
-
-@pytest.mark.parametrize(
-    "options", [dict(rank=0, confidence=None), dict(head="gated"), dict(head="rnn", confidence="hidden")]
-)
-def test_every_head_fits_the_contract(tmp_path, options):
-    assert Bundle.load(tiny_bundle(tmp_path, **options)).draft.block_size == 4
 
 
 EDITS = {
@@ -43,7 +35,7 @@ EDITS = {
     "lacks the key 'max_context'": lambda m: m.pop("max_context"),
     "lacks the key 'vocab_size'": lambda m: m["draft"].pop("vocab_size"),
     "vocab_size is '64', it must be an integer": lambda m: m["target"].update(vocab_size="64"),
-    "backend is 'tensorrt'": lambda m: m.update(backend="tensorrt"),
+    "backend is 'cuda'": lambda m: m.update(backend="cuda"),
     "dtype is 'int3'": lambda m: m.update(dtype="int3"),
     "confidence_temperatures is [1.0]": lambda m: m.update(confidence_temperatures=[1]),
     "lacks the key 'verify'": lambda m: m["engines"].pop("verify"),
@@ -65,17 +57,6 @@ def test_a_manifest_that_does_not_fit_is_refused_in_one_sentence(copy, message):
     assert str(error.value).endswith(".") and "export" in str(error.value)
 
 
-def test_refuses_a_folder_that_is_none(tmp_path):
-    with pytest.raises(BundleError, match="holds no manifest.json"):
-        engines.load(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(BundleError, match="not readable JSON"):
-        engines.load(tmp_path)
-    (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(BundleError, match="not a JSON object"):
-        engines.load(tmp_path)
-
-
 def test_refuses_a_changed_weight_file(copy):
     data = copy / "onnx" / "target" / "model.onnx.data"
     changed = data if data.is_file() else data.with_suffix("")
@@ -84,16 +65,6 @@ def test_refuses_a_changed_weight_file(copy):
     changed.write_bytes(content)
     with pytest.raises(BundleError, match="sha256 differs"):
         engines.load(copy)
-
-
-def test_a_remembered_hash_does_not_hide_a_change(copy):
-    Bundle.load(copy)
-    file = copy / "onnx" / "verify" / "model.onnx"
-    stat = file.stat()
-    file.write_bytes(file.read_bytes() + b"x")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(BundleError, match="sha256 differs"):
-        Bundle.load(copy)
 
 
 def test_refuses_graphs_of_another_bundle(copy, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from export.backbone import build_backbone
 from export.lower_onnxruntime import lower
-from export.parity import MASKED, Runner
+from export.runner import MASKED, Runner
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from export.__main__ import export
 from export.bundle import copy_tokenizer, kept_calibration, target_entry, written_whole
+from export.gates import Gate
 from tests.tiny import make_draft, make_target
 from training.checkpoint import checkpoint_hash
-from training.target import DecoderConfig
+from training.decoder_config import DecoderConfig
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -70,7 +71,7 @@ def test_a_failed_export_leaves_the_old_bundle(tmp_path, pair, monkeypatch):
     out = tmp_path / "bundle"
     export(*pair, out, console=QUIET)
     before = (out / "manifest.json").read_bytes()
-    monkeypatch.setattr("export.parity.FP32_RELATIVE", 0.0)  # a gate that no rounding passes
+    monkeypatch.setattr("export.gates.FP32", Gate(cosine=1.0, relative=0.0))  # a gate that no rounding passes
     with pytest.raises(ValueError, match=r"^parity: .* is outside the fp32 gate"):
         export(*pair, out, console=QUIET)
     assert (out / "manifest.json").read_bytes() == before and left_over(tmp_path) == []

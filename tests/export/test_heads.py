@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.heads import build_confidence, build_markov
-from export.parity import Runner
+from export.runner import Runner
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 from training.draft import DraftModel

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from export.lower_onnxruntime import lower, pack_blocks
-from export.parity import MASKED, Runner
 from export.quantize import quantize
+from export.runner import MASKED, Runner
 from export.target import build_target
 from tests.tiny import make_target
 from training.target import PackedBatch, TargetModel
@@ -36,6 +36,17 @@ def test_lowered_equals_standard(tmp_path):
     assert ops[1]["SkipSimplifiedLayerNormalization"] == 5  # two a layer; the first has no sum before it
 
 
+def test_attention_takes_one_query_row_at_a_time(tmp_path):
+    """The kernel for single rows, whatever the pass holds: no factor in the product, and no Attention is left."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+    graph = build_target(model, 64)
+    lower(graph)
+    ops = Counter(node.op_type for node in graph.nodes)
+    products = [node for node in graph.nodes if node.op_type == "FusedMatMul"]
+    assert ops["Attention"] == 0 and len(products) == ops["Softmax"] == 3
+    assert {a.name for node in products for a in node.attribute} == {"transB"}
+
+
 def test_int8_blocks_become_one_op_each(tmp_path):
     """QKV, o_proj and down_proj of every layer; no scaled weight is left for a float32 product."""
     model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
@@ -44,7 +55,8 @@ def test_int8_blocks_become_one_op_each(tmp_path):
     scaled = [n for n in graph.nodes if n.op_type == "DequantizeLinear"]
     lower(graph)
     ops = Counter(node.op_type for node in graph.nodes)
-    assert ops["MatMulNBits"] == len(scaled) == 9 and ops["DequantizeLinear"] == ops["MatMul"] == 0
+    assert ops["MatMulNBits"] == len(scaled) == 9 and ops["DequantizeLinear"] == 0
+    assert ops["MatMul"] == 3  # attention's
     assert ops["MatMulIntegerToFloat"] == 4  # gate and up side by side, three layers, and the head
     assert graph.used_sources() == set(model.state_dict())
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from export.lower_onnxruntime import lower
-from export.parity import MASKED, Runner
 from export.quantize import quantize
+from export.runner import MASKED, Runner
 from export.target import build_target
 from tests.tiny import make_target
 from training.target import PackedBatch, TargetModel

@@ -7,9 +7,10 @@ import pytest
 
 from decoding.random import gumbel
 from engines.base import VerifyBatch
-from export.parity import RULES, Runner, WideRows
 from export.reference import keep, softmax, verify_reference
+from export.runner import Runner
 from export.verify import build_verify
+from export.wide_rows import RULES, WideRows
 
 
 def runner_for(folder, G: int, V: int, to_target: np.ndarray) -> Runner:

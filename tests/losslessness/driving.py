@@ -33,7 +33,7 @@ def jagged_sps(G: int, draft_ms: float = 0.05) -> Sps:
                 ms = 1.0 + 0.01 * n + dear * ((n - 1) // tile - (R - 1) // tile) + 0.002 * context
                 target.append((R, n, context, ms))
             draft.append((R, context, draft_ms * (1 + R / 8)))
-            padding.append((R, R * (G + 1), 2 * R * (G + 1), context, ms + 0.03 * R * (G + 1)))
+            padding.append((R, R * (G + 1), 2 * R * (G + 1), context, ms + 0.003 * R * (G + 1)))
     return Sps.from_points(target, draft, padding=padding)
 
 

@@ -1,0 +1,63 @@
+"""Every graph of every kind of bundle compiles, for real, with its attention fused. What no test here can do is run a
+plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.trt.api import load_api
+from engines.trt.build import compile_graph
+from tests.engines.trt.graphs import BLOCK, PROFILES, job, tiny_graphs
+
+FAMILIES = {"llama": {"head": "vanilla"}, "qwen3": {"head": "rnn", "draft_vocab": 40}}
+HEADS = {
+    "gated": {"head": "gated", "confidence": "hidden"},
+    "dflash": {"rank": 0, "confidence": None},
+    "vanilla trimmed": {"draft_vocab": 40},
+}
+OTHERS = [(dtype, sm) for dtype in ("fp16", "bf16") for sm in ("8.0", "8.9", "12.0") if (dtype, sm) != ("fp16", "8.9")]
+CACHES = {"target": 4, "backbone": 2}  # cache tensors of the tiny models: two a layer
+
+
+@pytest.fixture(scope="module")
+def api():
+    return load_api("tensorrt-rtx")
+
+
+def check(api, folder, graph, capability: str) -> None:
+    plan = compile_graph(api, job(folder, graph, capability=capability))
+    caches = CACHES.get(graph.name, 0)
+    assert len(plan.data) > 100_000 and plan.kernels and plan.seconds > 0
+    assert len(plan.attentions) == caches // 2 and plan.unfused == ()
+    fused = [kernel for kernel in plan.kernels if kernel.fused_attention]
+    assert len(fused) == caches // 2 * len(PROFILES[graph.name])
+    assert {node for kernel in fused for node in kernel.nodes} >= set(plan.attentions)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_five_graphs_compile_with_fused_attention(tmp_path, api, family):
+    for graph in tiny_graphs(tmp_path, "fp16", family=family, **FAMILIES[family]).values():
+        check(api, tmp_path, graph, "8.9")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_other_heads_compile(tmp_path, api, head):
+    graphs = tiny_graphs(tmp_path, "fp16", block_size=BLOCK, **HEADS[head])
+    for name in ("markov", "confidence", "verify"):
+        check(api, tmp_path, graphs[name], "8.9")
+
+
+@pytest.mark.parametrize("dtype, capability", [("bf16", "12.0")])
+def test_another_precision_and_gpu(tmp_path, api, dtype, capability):
+    graphs = tiny_graphs(tmp_path, dtype, family="qwen3", depth=2)
+    for name in ("target", "backbone"):
+        check(api, tmp_path, graphs[name], capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, capability", OTHERS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_every_precision_gpu_and_head(tmp_path, api, family, head, dtype, capability):
+    for graph in tiny_graphs(tmp_path, dtype, family=family, head=head).values():
+        check(api, tmp_path, graph, capability)
