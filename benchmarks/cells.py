@@ -1,6 +1,6 @@
 """The cells of the throughput grid: build/bench.json, a list of objects, and build/bench.meta.json beside it.
 
-Knows: which cell a row is, which rows belong together, ratios. Refuses to know: how a cell is measured.
+Knows: which cell a row is, which rows belong together, their ratios. Refuses to know: how a cell is measured.
 
 A cell is (mode, kind, concurrency, path, temperature). A later run replaces its own cells; the others stay as long as
 they are of the same machine and the same bundle. Ratios are taken between rows of one run only: `run` names it.
@@ -12,6 +12,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from .common import median, write_json
 
@@ -52,6 +54,8 @@ def make_row(cell: dict, windows: Sequence[dict]) -> dict:
         names = dict.fromkeys(name for split in splits for name in split)
         row["split_ms"] = {n: round(median(split.get(n, 0.0) for split in splits), 3) for n in names}
     row["repeats"] = [round(w["total_tok_s"], 3) for w in windows]
+    if all("turns" in w for w in windows):
+        row["turns"] = [[round(rate, 2) for rate in w["turns"]] for w in windows]
     row["spread"] = {
         name: [round(min(values), 4), round(max(values), 4)]
         for name in ("total_tok_s", "user_tok_s", "ttft_ms", "itl_ms")
@@ -62,8 +66,7 @@ def make_row(cell: dict, windows: Sequence[dict]) -> dict:
 
 def with_ratios(rows: Iterable[dict]) -> list[dict]:
     """The rows with ratio_to_none, ratio_to_best (of BASELINES; best by its median) and grpc_ratio (to the same cell in
-    process): medians of the ratios of each repeat, which were taken next to each other. None where the other row is
-    missing or of another run."""
+    process), see `ratio`. None where the other row is missing or of another run."""
     rows = list(rows)
     found = {key(row): row for row in rows}
 
@@ -82,8 +85,30 @@ def with_ratios(rows: Iterable[dict]) -> list[dict]:
     return made
 
 
+def ratio(row: dict, to: dict) -> tuple[float, float, float]:
+    """(throughput of a row over another's of its run, 5th and 95th percentile of that estimate).
+
+    Of rows whose modes took turns: the mean of the middle half of the ratios of turns that were next to each other (equal
+    tokens of the same requests; a burst of somebody else's work hits one of the two), the percentiles by resampling
+    turns. Of others: the median of the repeats' ratios and their span.
+    """
+    if "turns" not in row or "turns" not in to:
+        each = [a / b for a, b in zip(row["repeats"], to["repeats"])]
+        return median(each), min(each), max(each)
+    each = np.array([a / b for x, y in zip(row["turns"], to["turns"]) for a, b in zip(x, y)])
+    drawn = each[np.random.default_rng(0).integers(0, len(each), (400, len(each)))]
+    low, high = np.percentile(middle(drawn), (5, 95))
+    return float(middle(each[None])[0]), float(low), float(high)
+
+
+def middle(values: np.ndarray) -> np.ndarray:
+    """[n, m] -> [n]: mean of the middle half of each row."""
+    ordered, cut = np.sort(values, axis=1), values.shape[1] // 4
+    return ordered[:, cut : values.shape[1] - cut].mean(axis=1)
+
+
 def _ratio(row: dict, to: dict | None) -> float | None:
-    return to and round(median(a / b for a, b in zip(row["repeats"], to["repeats"])), 4)
+    return to and round(ratio(row, to)[0], 4)
 
 
 class Grid:

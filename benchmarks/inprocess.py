@@ -27,6 +27,7 @@ class Lane:
         self.loop = Loop(engines, scheduler, max_requests=plan.concurrency, token_budget=token_budget)
         self.plan, self.prompts, self.window = plan, prompts, Window(plan)
         self._busy, self._before = 0, None
+        self.rates: list[float] = []  # tokens a second of each turn inside the window
         self._rested, self._stopped = 0.0, time.perf_counter()
 
     @property
@@ -37,9 +38,12 @@ class Lane:
         """Steps until the window is open (tokens None), or until `tokens` more have come in it, or to its end."""
         self._rested += time.perf_counter() - self._stopped
         goal = None if tokens is None else self.window.tokens + tokens
+        started, had = time.perf_counter(), self.window.tokens
         while not self.over and (self.window.opened is None if goal is None else self.window.tokens < goal):
             self._step()
         self._stopped = time.perf_counter()
+        if tokens is not None:
+            self.rates.append((self.window.tokens - had) / (self._stopped - started))
 
     def _now(self) -> float:
         return time.perf_counter() - self._rested
@@ -70,7 +74,7 @@ class Lane:
     def summary(self) -> dict:
         """Window.summary() and, over the steps inside the window: host_share (of the loop's time, outside the engines),
         no_draft_share (of the requests' rounds), step_ms and split_ms (mean of a step: each engine, schedule, host = the
-        rest)."""
+        rest), turns (tokens a second of each)."""
         window = self.window
         steps, seconds, engines_s, host_s = (_difference(b, a) for a, b in zip(self._before, _clock(self.loop)))
         split = {name: 1e3 * s / steps for name, s in (engines_s | host_s).items()}
@@ -79,11 +83,12 @@ class Lane:
             "host_share": host / seconds,
             "no_draft_share": window.undrafted / window.acceptance.rounds if window.acceptance.rounds else 0.0,
             "step_ms": 1e3 * seconds / steps,
+            "turns": self.rates,
             "split_ms": split | {"host": 1e3 * (host - sum(host_s.values())) / steps},
         }
 
 
-def together(lanes: Sequence[Lane], turns: int = 12) -> list[dict]:
+def together(lanes: Sequence[Lane], turns: int = 16) -> list[dict]:
     """The lanes' windows, each cut into so many turns that go round (there and back): summaries in the lanes' order."""
     for lane in lanes:
         lane.turn()

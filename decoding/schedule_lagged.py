@@ -18,16 +18,17 @@ from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
-PATIENCE = 0.3  # rounds' worth of loss until the draft is skipped
+PATIENCE = 0.2  # rounds' worth of loss until the draft is skipped
 # Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the search's best
 # is the luckiest of many, so a promise of 1.00 means less than that.
-LOW, HIGH = 1.02, 1.04
+LOW, HIGH = 1.02, 1.06
 FRESH = 8  # rounds without a draft for which one search holds
 PROBE = 2  # requests that a probe drafts for
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
 POINTS = 512  # budgets that a search looks at, about: with more candidates every second, third, ..
 MANY = 256  # survivals from which a pool is sorted in 16 bits (numpy's radix sort: a quarter of the time)
-COST = 0.004  # share of the time that probes may cost
+COST = 0.004  # share of the time at which probes stop becoming rarer
+SHARE, SAVED = 0.006, 1.0  # of the time that probes may cost in all, as measured; rounds' worth that they may save up
 FIRST_AUDIT, LONGEST_AUDIT = (
     12,
     256,
@@ -62,7 +63,8 @@ class Lagged(LoadAware):
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds, never over COST of the time), and soon again after one whose blocks would have paid. A table that
+    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together cost no more
+    than SHARE of the time. A table that
     is wrong is corrected by what rounds really take, which needs a plain round now and then while the draft pays.
     """
 
@@ -78,6 +80,7 @@ class Lagged(LoadAware):
         self._promised = 0.0
         self._found: tuple | None = None  # the last search and its load
         self.probing = self._paused = False
+        self._saved, self._probe, self._got = SAVED, (0.0, 0.0, 0), 0  # (ms of a plain round, loss expected, rows)
 
     def idle(self) -> None:
         self._last = None
@@ -101,13 +104,23 @@ class Lagged(LoadAware):
             self._skipping, self._loss = False, 0.0
             return R
         self._since += 1
-        if self._since < self._wait:
+        self._saved = min(self._saved + SHARE, SAVED)
+        if self._since < self._wait or self._saved <= 0:
             self._expect_plain(load)
             return 0
         few, self.probing = min(R, PROBE), True
         lost = 1.0 - self._search(few, R - few + load.plain, load.prefill, load.context).gain  # rounds' worth
         self._since, self._wait = 0, int(min(2 * self._wait, max(lost / COST, FIRST_WAIT), LONGEST_WAIT))
+        rows = R + load.plain
+        plain_ms = float(self.sps.curve(rows, rows, load.context)[rows]) * self.speed[False]
+        self._saved, self._probe = self._saved - max(lost, 0.0), (plain_ms, max(lost, 0.0), rows)
         return few
+
+    def timed(self, draft_ms: float, rest_ms: float) -> None:
+        super().timed(draft_ms, rest_ms)
+        if self.probing:  # what it cost indeed: the draft had context to catch up with
+            plain_ms, expected, rows = self._probe
+            self._saved += expected - max((draft_ms + rest_ms) / plain_ms - 1.0 - self._got / rows, 0.0)
 
     def _audited(self, load: RoundLoad) -> bool:
         """This round is done without a draft, only to see what that takes."""
@@ -201,6 +214,7 @@ class Lagged(LoadAware):
 
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
         super().observe(verified, accepted)
+        self._got = int(accepted.sum())
         if self.uses_confidence:
             accept, promise = self._bias
             self._bias = [0.98 * accept + float(accepted.sum()), 0.98 * promise + self._promised]

@@ -12,8 +12,18 @@ import sys
 from pathlib import Path
 
 SIZE = 2 << 20  # of a huge page (x86-64, and AArch64 with 4 KiB pages)
+MMAP_THRESHOLD = -3  # M_* of mallopt
 HUGEPAGE, COLLAPSE = 14, 25  # MADV_*: from now on; at once (Linux 6.1)
 MAPS, SETTING = Path("/proc/self/maps"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def gather() -> bool:
+    """Lets malloc take blocks of up to 32 MiB from the heap, side by side, instead of a mapping for each: the packed weights
+    of a layer are 1 to 4 MiB, and a huge page fits into few of such mappings. False where there is no glibc."""
+    try:
+        return ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 32 << 20) == 1
+    except AttributeError:
+        return False
 
 
 def places() -> set[int]:

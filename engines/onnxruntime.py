@@ -58,6 +58,7 @@ class OnnxRuntimeEngines:
         )
         self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, _cache_dtype(bundle.engines["backbone"]))
         caches = {"target": self.target_caches, "backbone": self.draft_caches}
+        hugepages.gather()
         before = hugepages.places()
         self._graphs = {
             name: Graph(bundle.folder / spec.path, spec, options, caches.get(name))

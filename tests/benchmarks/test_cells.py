@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks.cells import MODES, REQUIRED, Grid, fingerprint, make_row, read
+from benchmarks.cells import MODES, REQUIRED, Grid, fingerprint, make_row, ratio, read
 
 SAME = {"machine": {"cpu": "one", "cores": 2}, "bundle": {"engines_hash": "a"}}
 
@@ -115,3 +116,19 @@ def test_fingerprint_follows_the_engines():
     one = fingerprint(manifest)
     assert fingerprint(manifest | {"created": "later"}) == one
     assert fingerprint(manifest | {"engines": {"target": {"sha256": "2"}}}) != one
+
+
+def test_turns_next_to_each_other_are_compared_and_a_burst_counts_little():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(80, 120, (3, 16))  # the requests and the machine's mood, which both have in common
+    slow = base.copy()
+    slow[1, 3:5] /= 5  # somebody else's work hit two turns of one of them
+    row = lambda turns: {"turns": turns.tolist(), "repeats": turns.mean(axis=1).tolist()}
+    found, low, high = ratio(row(1.05 * slow), row(base))
+    assert found == pytest.approx(1.05) and low == pytest.approx(1.05) == high
+    noisy = base * rng.lognormal(0, 0.1, base.shape)
+    found, low, high = ratio(row(noisy), row(base))
+    assert low < found < high and 0.93 < low and high < 1.07
+    whole = {"repeats": [1.0, 2.0, 4.0]}
+    assert ratio(whole, {"repeats": [1.0, 1.0, 1.0]}) == (2.0, 1.0, 4.0)
+    assert ratio(row(base), whole)[0] == pytest.approx(np.median(base.mean(axis=1) / [1, 2, 4])), "one without turns"

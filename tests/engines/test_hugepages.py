@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 from engines import hugepages
 from engines.hugepages import SIZE
@@ -42,3 +45,20 @@ def test_no_setting_no_places(tmp_path, monkeypatch):
     setting.write_text("always madvise [never]\n")
     monkeypatch.setattr(hugepages, "SETTING", setting)
     assert hugepages.places() == set()
+
+
+def test_gathered_blocks_lie_side_by_side_in_the_heap():
+    """In a process of its own: malloc takes blocks of a few MiB from the heap, where huge pages fit, not each from a
+    mapping."""
+    code = (
+        "import sys, numpy as np\n"
+        "from engines import hugepages\n"
+        "if sys.argv[1] == 'gather': assert hugepages.gather()\n"
+        "before = hugepages.places()\n"
+        "kept = [np.ones(3 << 18) for _ in range(16)]\n"  # 6 MiB each: a mapping of its own holds two pages, or three
+        "print(len(hugepages.places() - before))\n"
+    )
+    pages = lambda how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+    if not hugepages.places():
+        pytest.skip("this system gives no huge pages")
+    assert pages("gather") >= 16 * 3 - 1 > pages("alone")
