@@ -21,14 +21,14 @@ POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at lea
 PATIENCE = 0.2  # rounds' worth of loss until the draft is skipped
 # Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the search's best
 # is the luckiest of many, so a promise of 1.00 means less than that.
-LOW, HIGH = 1.02, 1.06
+LOW, HIGH = 1.02, 1.04
 FRESH = 8  # rounds without a draft for which one search holds
 PROBE = 2  # requests that a probe drafts for
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
 POINTS = 512  # budgets that a search looks at, about: with more candidates every second, third, ..
 MANY = 256  # survivals from which a pool is sorted in 16 bits (numpy's radix sort: a quarter of the time)
 COST = 0.004  # share of the time at which probes stop becoming rarer
-SHARE, SAVED = 0.006, 1.0  # of the time that probes may cost in all, as measured; rounds' worth that they may save up
+SHARE, SAVED = 0.006, 1.0  # of the time that probes may lose in all, as measured; rounds' worth that they may save up
 FIRST_AUDIT, LONGEST_AUDIT = (
     12,
     256,
@@ -63,8 +63,8 @@ class Lagged(LoadAware):
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together cost no more
-    than SHARE of the time. A table that
+    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together lose no more
+    than SHARE of the time (one that gains pays for others). A table that
     is wrong is corrected by what rounds really take, which needs a plain round now and then while the draft pays.
     """
 
@@ -113,14 +113,14 @@ class Lagged(LoadAware):
         self._since, self._wait = 0, int(min(2 * self._wait, max(lost / COST, FIRST_WAIT), LONGEST_WAIT))
         rows = R + load.plain
         plain_ms = float(self.sps.curve(rows, rows, load.context)[rows]) * self.speed[False]
-        self._saved, self._probe = self._saved - max(lost, 0.0), (plain_ms, max(lost, 0.0), rows)
+        self._saved, self._probe = self._saved - lost, (plain_ms, lost, rows)
         return few
 
     def timed(self, draft_ms: float, rest_ms: float) -> None:
         super().timed(draft_ms, rest_ms)
         if self.probing:  # what it cost indeed: the draft had context to catch up with
             plain_ms, expected, rows = self._probe
-            self._saved += expected - max((draft_ms + rest_ms) / plain_ms - 1.0 - self._got / rows, 0.0)
+            self._saved += expected - ((draft_ms + rest_ms) / plain_ms - 1.0 - self._got / rows)
 
     def _audited(self, load: RoundLoad) -> bool:
         """This round is done without a draft, only to see what that takes."""

@@ -28,6 +28,7 @@ QUICK_REQUESTS, QUICK_CONTEXTS = (1, 4, 16), (128, 512)
 PREFILL = (32, 64, 128, 256, 512)  # packed tokens of steps that feed prompts; measured for the fewest requests
 SELDOM = 3  # they are slow and change little: one round in so many
 SAMPLES = 25
+NEAR = 6  # neighbours in time, on both sides, that tell how fast the machine was
 NAMES = {
     "target": ("requests", "tokens", "context"),
     "padding": ("requests", "tokens", "slots", "context"),
@@ -109,6 +110,24 @@ def points(engines: Engines, requests: tuple[int, ...], context: int, quick: boo
     return decode, [("target", few, n, context) for n in sizes if n > few * (1 + G) and -(-n // few) <= room]
 
 
+def even(taken: list[tuple[tuple, float]]) -> dict[tuple, np.ndarray]:
+    """Samples (point, ms) in the order of time -> the samples of each point, as if the machine had been as fast all along.
+
+    A shared machine is slower for seconds or minutes at a time, and a point of a few samples would keep that. How slow it
+    was at a sample is the median over its neighbours of their time over their own point's typical time, which comes from
+    the evened samples in turn: a few rounds of that. A point's own shape is not smoothed with other points'.
+    """
+    points = sorted({point for point, _ in taken})
+    index, ms = np.array([points.index(point) for point, _ in taken]), np.array([ms for _, ms in taken])
+    pace, of = np.ones(len(ms)), [np.flatnonzero(index == i) for i in range(len(points))]
+    near = np.arange(len(ms))[:, None] + np.arange(-NEAR, NEAR + 1)
+    near = np.clip(near, 0, len(ms) - 1)
+    for _ in range(4):
+        typical = np.array([np.median(ms[at] / pace[at]) for at in of])
+        pace = np.median((ms / typical[index])[near], axis=1)
+    return {point: ms[at] / pace[at] for point, at in zip(points, of)}
+
+
 def fitting(engines: Engines, contexts: tuple[int, ...]) -> tuple[int, ...]:
     """The contexts that leave room for a block; at least one, however short the bundle's own is."""
     most = engines.bundle.max_context - engines.bundle.draft.block_size - 4
@@ -129,7 +148,7 @@ def measure(
     and 3 times at least. progress: is told the share of the work that is done.
 
     Returns {requests, contexts, target: [...], draft: [...], padding: [...]} of the manifest's `sps`: medians, 10th and
-    90th percentiles, ms. Raises BundleError for requests or contexts out of range.
+    90th percentiles, ms, of what `even` makes of the samples. Raises BundleError for requests or contexts out of range.
     """
     for name, values in (("requests", requests), ("contexts", contexts)):
         if not values or min(values) < 1:
@@ -137,7 +156,7 @@ def measure(
     requests, contexts = tuple(sorted(set(requests))), fitting(engines, contexts)
     work, rng, G = Workload(engines, seed), np.random.default_rng(seed), engines.bundle.draft.block_size
     phases = {c: points(engines, requests, c, quick) for c in contexts}
-    samples: dict[tuple, list[float]] = {p: [] for both in phases.values() for part in both for p in part}
+    taken: list[tuple[tuple, float]] = []  # (point, ms) in the order of time
     # memory first: a table that does not fit should fail at once, and growing is not what is timed
     work.settle(requests[-1], min(contexts[-1] + G + 4, engines.bundle.max_context))
     started, rounds = perf_counter(), 0
@@ -154,12 +173,12 @@ def measure(
             for point in order:
                 ms = work.run(point)
                 if rounds or point in prompt:
-                    samples[point].append(ms)
+                    taken.append((point, ms))
             part = (rounds + (at + 1) / len(contexts)) / (SAMPLES + 1)
             progress(min(max(part, (perf_counter() - started) / seconds), 1.0))
         rounds += 1
     table: dict[str, Any] = {"requests": list(requests), "contexts": list(contexts), "target": [], "draft": [], "padding": []}
-    for point, times in samples.items():
+    for point, times in even(taken).items():
         low, mid, high = np.percentile(times, (10, 50, 90)).round(4).tolist()
         row = {name: int(value) for name, value in zip(NAMES[point[0]], point[1:])}
         if "slots" in row:  # of a request; the table says of the step

@@ -2,13 +2,14 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import engines
 from engines import BundleError
 from engines.__main__ import app
-from engines.profile import Workload, measure, profile
+from engines.profile import Workload, even, measure, profile
 from engines.sps import Sps
 
 
@@ -51,6 +52,22 @@ def test_points_are_taken_in_rounds_not_one_after_the_other(loaded, monkeypatch)
     rounds = [decode[i : i + size] for i in range(0, len(decode), size)]
     assert len(rounds) >= 4 and all(len(set(r)) == size for r in rounds)
     assert any(r != rounds[0] for r in rounds[1:])
+
+
+def test_slow_minutes_are_taken_out_and_shapes_stay():
+    rng = np.random.default_rng(0)
+    true = {("target", n): 10.0 + n + 5 * (n > 12) for n in range(24)}
+    order = [p for _ in range(8) for p in rng.permutation(list(true), axis=0)]
+    order = [(kind, int(n)) for kind, n in order]
+    mood = np.where((np.arange(len(order)) // 30) % 3 == 1, 1.7, 1.0)  # a third of the time it is slower by 70%
+    taken = [(p, true[p] * m * rng.lognormal(0, 0.03)) for p, m in zip(order, mood)]
+    found = {p: float(np.median(ms)) for p, ms in even(taken).items()}
+    raw = {p: float(np.median([ms for q, ms in taken if q == p])) for p in true}
+    error = lambda got: max(abs(np.log(got[p] / true[p])) for p in true)
+    scale = np.median([found[p] / true[p] for p in true])
+    assert error({p: ms / scale for p, ms in found.items()}) < 0.06 < error(raw)
+    assert found["target", 13] - found["target", 12] > 4, "a jump is a jump"
+    assert {p: len(ms) for p, ms in even(taken).items()} == dict.fromkeys(true, 8)
 
 
 def test_a_context_longer_than_the_bundles_is_shortened(loaded):
