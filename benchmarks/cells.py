@@ -88,23 +88,18 @@ def with_ratios(rows: Iterable[dict]) -> list[dict]:
 def ratio(row: dict, to: dict) -> tuple[float, float, float]:
     """(throughput of a row over another's of its run, 5th and 95th percentile of that estimate).
 
-    Of rows whose modes took turns: the mean of the middle half of the ratios of turns that were next to each other (equal
-    tokens of the same requests; a burst of somebody else's work hits one of the two), the percentiles by resampling
-    turns. Of others: the median of the repeats' ratios and their span.
+    Of rows whose modes took turns: over all repeats together, the same tokens of the same requests over the seconds that
+    each took; the percentiles by resampling pairs of turns. Of others: the median of the repeats' ratios and their span.
     """
     if "turns" not in row or "turns" not in to:
         each = [a / b for a, b in zip(row["repeats"], to["repeats"])]
         return median(each), min(each), max(each)
-    each = np.array([a / b for x, y in zip(row["turns"], to["turns"]) for a, b in zip(x, y)])
-    drawn = each[np.random.default_rng(0).integers(0, len(each), (400, len(each)))]
-    low, high = np.percentile(middle(drawn), (5, 95))
-    return float(middle(each[None])[0]), float(low), float(high)
-
-
-def middle(values: np.ndarray) -> np.ndarray:
-    """[n, m] -> [n]: mean of the middle half of each row."""
-    ordered, cut = np.sort(values, axis=1), values.shape[1] // 4
-    return ordered[:, cut : values.shape[1] - cut].mean(axis=1)
+    pairs = [(1 / a, 1 / b) for x, y in zip(row["turns"], to["turns"]) for a, b in zip(x, y)]  # as many tokens each
+    seconds = np.array(pairs)
+    drawn = seconds[np.random.default_rng(0).integers(0, len(seconds), (1000, len(seconds)))].sum(axis=1)
+    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], (5, 95))
+    mine, theirs = seconds.sum(axis=0)
+    return float(theirs / mine), float(low), float(high)
 
 
 def _ratio(row: dict, to: dict | None) -> float | None:
