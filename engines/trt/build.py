@@ -6,9 +6,11 @@ Refuses to know: bundles, manifests, which graph it is.
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,9 +41,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """data: the serialized engine. attentions: ONNX names; unfused: those without a fused kernel in every
-    profile. peak: bytes of memory that
-    the build took on top of what was there. memory: activation and weight bytes as the builder states them."""
+    """data: the serialized engine. attentions: ONNX names; unfused: those without a fused kernel in every profile.
+    peak: bytes of memory that the build took on top of what was there. memory: activation and weight bytes as the
+    builder states them."""
 
     data: bytes
     kernels: tuple[Kernel, ...]
@@ -57,8 +59,13 @@ def compile_graph(api: Api, job: Job, progress: Callable[[float], None] = lambda
     """The plan of a job. Attention is compiled fused; where the builder has no such kernel, decomposed (Plan.unfused).
 
     Raises BuildError, one sentence with the builder's words; KeyboardInterrupt when the user ended it."""
-    plan = _attempt(api, job, progress, decompose=False)
-    return plan or _attempt(api, job, progress, decompose=True)
+    with no_collection():
+        try:
+            plan = _attempt(api, job, progress, decompose=False)
+            return plan or _attempt(api, job, progress, decompose=True)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the builder and would outlive this call
+            raise
 
 
 def _attempt(api: Api, job: Job, progress: Callable[[float], None], *, decompose: bool) -> Plan | None:
@@ -204,6 +211,20 @@ def monitor_for(trt, interrupted: threading.Event, progress: Callable[[float], N
                 progress(1.0)
 
     return Monitor()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile. A builder that some other thread's collection frees takes a lock of TensorRT's
+    with Python's lock held; this thread, inside a builder, may hold the former and want the latter in its logger:
+    neither ever goes on."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_progress_runs_to_its_end(tmp_path, api):
     shares: list[float] = []
     plan = compile_graph(api, job(tmp_path, sum_graph(tmp_path), profiles=one(A=4, B=4)), shares.append)
     assert shares == sorted(shares) and shares[-1] == 1.0 and plan.attentions == () and plan.peak >= 0
+
+
+def test_a_failed_build_keeps_no_builder_and_nothing_is_collected_meanwhile(tmp_path, api):
+    """A builder that another thread's garbage collection frees while this one is in a builder is a deadlock."""
+    collecting: list[bool] = []
+    with pytest.raises(BuildError) as error:
+        compile_graph(api, job(tmp_path, sum_graph(tmp_path), profiles=one(A=3, B=5)))
+    frames = [entry.frame for entry in error.traceback if entry.path.name == "build.py"]
+    assert any(frame.code.name == "_attempt" for frame in frames)
+    assert not any({"builder", "network", "parser", "logger"} & frame.f_locals.keys() for frame in frames)
+    compile_graph(
+        api, job(tmp_path, sum_graph(tmp_path), profiles=one(A=4, B=4)), lambda share: collecting.append(gc.isenabled())
+    )
+    assert collecting and not any(collecting) and gc.isenabled()
 
 
 def test_shapes_that_do_not_fit_give_the_builders_words(tmp_path, api):
