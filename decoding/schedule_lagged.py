@@ -1,7 +1,7 @@
-"""The default scheduler: budgets from past rounds, today's candidates by price, the draft itself skipped where it loses.
+"""The default scheduler: budgets from past rounds, today's candidates by price, the draft skipped where it loses.
 
-Knows: the asynchronous form of the paper's Algorithm 1 (section 5.2), an SPS table, past rounds. Refuses to know: tokens,
-probabilities, clocks. Legend: schedule_aware.py's.
+Knows: the asynchronous form of the paper's Algorithm 1 (section 5.2), an SPS table, past rounds. Refuses to know:
+tokens, probabilities, clocks. Legend: schedule_aware.py's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
-PATIENCE = 0.2  # rounds' worth of loss until the draft is skipped
-# Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the search's best
-# is the luckiest of many, so a promise of 1.00 means less than that.
+PATIENCE = 1.0  # rounds' worth of loss until the draft is skipped: a pool of 24 blocks is a noisy witness
+# Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the
+# search's best is the luckiest of many, so a promise of 1.00 means less than that.
 LOW, HIGH = 1.02, 1.04
 FRESH = 8  # rounds without a draft for which one search holds
 PROBE = 2  # requests that a probe drafts for
@@ -29,10 +29,7 @@ POINTS = 512  # budgets that a search looks at, about: with more candidates ever
 MANY = 256  # survivals from which a pool is sorted in 16 bits (numpy's radix sort: a quarter of the time)
 COST = 0.004  # share of the time at which probes stop becoming rarer
 SHARE, SAVED = 0.006, 1.0  # of the time that probes may lose in all, as measured; rounds' worth that they may save up
-FIRST_AUDIT, LONGEST_AUDIT = (
-    12,
-    256,
-)  # rounds with a draft between two plain ones that check the table; doubled each time
+FIRST_AUDIT, LONGEST_AUDIT = 12, 256  # rounds with a draft between two plain ones that check the table; it doubles
 
 
 @dataclass(frozen=True)
@@ -52,20 +49,20 @@ class Lagged(LoadAware):
     scaled to today's number of requests; today's candidates are admitted in the order of their survival, ties by
     (slot, row), as long as each is worth its price.
 
-    The search gives the best throughput Theta, its budget B, a mean that need not be whole, and the longest block q that it
-    allows: where padded slots cost time, blocks of like lengths are cheaper. Candidate i of today's order, of those in
+    The search gives the best throughput Theta, its budget B, a mean that need not be whole, and the longest block q that
+    it allows: where padded slots cost time, blocks of like lengths are cheaper. Candidate i of today's order, of those in
     the first q slots, is admitted while its survival is at least Theta times the mean cost of a token between i and B.
     Where the cost is flat up to B and steep behind it, that is the paper's rule, the top B. Where every token costs the
     same, a lone request with a sure block gets more than B and one with an unsure block less, and their mean is B.
     Theta, B, q and the costs are known before the round's first token is drawn, and candidate i is judged by its own
-    survival alone, so nothing leaks from a token into the decision to verify it. The first two rounds, which have nothing to look back on,
-    use Algorithm 1.
+    survival alone, so nothing leaks from a token into the decision to verify it. The first two rounds, which have
+    nothing to look back on, use Algorithm 1.
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
     rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together lose no more
-    than SHARE of the time (one that gains pays for others). A table that
-    is wrong is corrected by what rounds really take, which needs a plain round now and then while the draft pays.
+    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together lose no
+    more than SHARE of the time (one that gains pays for others). A table that is wrong is corrected by what rounds
+    really take, which needs a plain round now and then while the draft pays.
     """
 
     def __init__(self, sps: Sps):
@@ -235,8 +232,8 @@ def affordable(ordered: ndarray, theta: float, budget: float, costs: ndarray) ->
 
 
 def sums(survival: ndarray, depths: bool) -> ndarray:
-    """[D, P*G + 1]: the sum of the 0, 1, .. largest of `survival` [P, G] within the first d slots, d = 1 .. G (`depths`),
-    or d = G alone; what lies behind slot d counts as 0."""
+    """[D, P*G + 1]: the sum of the 0, 1, .. largest of `survival` [P, G] within the first d slots, d = 1 .. G
+    (`depths`), or d = G alone; what lies behind slot d counts as 0."""
     (P, G), n = survival.shape, survival.size
     many = n > MANY
     allowed = (survival * 65535).astype(np.uint16).reshape(1, n) if many else -survival.reshape(1, n)
@@ -250,8 +247,8 @@ def sums(survival: ndarray, depths: bool) -> ndarray:
 
 
 def padding(slot_ms: float, rows: int, G: int, K: ndarray) -> ndarray:
-    """[G, len(K)]: ms of the padded slots with K = 0, .. draft tokens in all and a longest block of d = 1 .. G; none with
-    K = 0."""
+    """[G, len(K)]: ms of the padded slots with K = 0, .. draft tokens in all and a longest block of d = 1 .. G; none
+    with K = 0."""
     slots = slot_ms * rows * np.arange(1, G + 1)[:, None] - slot_ms * K
     np.maximum(slots, 0.0, out=slots)
     slots[:, 0] = 0.0

@@ -241,8 +241,9 @@ GOOD, BAD = np.full((8, G), 0.97), np.full((8, G), 0.2)
 def test_drafts_before_there_is_evidence_and_not_where_it_does_not_pay():
     scheduler = Lagged(COSTLY)
     said = rounds(scheduler, BAD, 400)
-    assert said[0] == 8 and said[1] == 8 and said[5:10].count(8) == 0
-    at = [i for i, n in enumerate(said) if n and i > 5]
+    given_up = said.index(0)
+    assert said[:given_up] == [8] * given_up and 4 <= given_up < 12 and 8 not in said[given_up:]
+    at = [i for i, n in enumerate(said) if n and i > given_up]
     assert {said[i] for i in at} == {2}
     waits = np.diff(at)
     assert waits[0] >= FIRST_WAIT and waits.max() <= LONGEST_WAIT and (np.diff(waits) >= 0).all()
@@ -255,7 +256,7 @@ def test_recovers_when_drafts_pay_again():
     for k in range(600):
         if rounds(scheduler, GOOD, 1)[0] == 8:
             break
-    assert k < 12 * LONGEST_WAIT and rounds(scheduler, GOOD, 10) == [8] * 10
+    assert k < 12 * LONGEST_WAIT and rounds(scheduler, GOOD, 10).count(8) >= 9  # one may check the table
 
 
 def test_a_lighter_load_takes_the_draft_up_at_once():
