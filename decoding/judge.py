@@ -8,13 +8,13 @@ Legend: R requests of this pass, G block size, n admitted draft tokens, V / V_d 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy import ndarray
 
 from engines import Engines
-from engines.base import TargetResult, VerifyBatch
+from engines.base import TargetResult, VerifyBatch, VerifyResult
 
 from .drafter import Draft
 from .metrics import Metrics
@@ -121,22 +121,22 @@ class Judge:
         slots = np.minimum(np.arange(self.G + 1), counts[:, None] - 1)
         row_index = np.array([c.start - start for c in cases])[:, None] + slots
         judged = logits[start : cases[-1].start + cases[-1].count]
-        batch = dict(VerifyBatch.greedy(judged, row_index, tokens, num_draft, self.V_d).__dict__)
+        greedy = VerifyBatch.greedy(judged, row_index, tokens, num_draft, self.V_d)
         asked = [(i, c) for i, c in enumerate(cases) if c.sequence.request.params.return_log_probs]
-        if asked:
-            batch |= _log_probs(asked, start)
         wide = [(i, c) for i, c in enumerate(cases) if c.wide]
+        if asked:
+            greedy = replace(greedy, **_log_probs(asked, start))
         if not wide:
-            return self._run(batch)
+            return self._run(greedy)
         firsts = dict(zip([i for i, _ in wide], np.cumsum([0, *(c.count for _, c in wide)]).tolist()))
         placed = [(i, c, firsts[i]) for i, c in wide]
-        batch |= _wide(placed, start)
+        batch = greedy.__dict__ | _wide(placed, start)
         if matched := [p for p in placed if not p[1].sequence.drawn]:
             batch |= _matches(self, matched)
         if drawn := [p for p in placed if p[1].sequence.drawn]:
             batch |= _rejections(self, drawn, draft, first_row, row_index, start)
         if not (filtered := [p for p in placed if p[1].sequence.filtered]):
-            return self._run(batch)
+            return self._run(VerifyBatch(**batch))
         batch |= _filters(self, filtered)
         return self._filtered(batch, [c.sequence.request.params for _, c, _ in filtered])
 
@@ -148,7 +148,7 @@ class Judge:
         while True:
             count = min(count, self.V)
             batch["top_count"] = np.array([count], np.int64)
-            result = self._run(batch)
+            result = self._run(VerifyBatch(**batch))
             if result.complete.all():
                 break
             count = self._top_count = 4 * count
@@ -158,8 +158,8 @@ class Judge:
             self._top_count, self._since = max(TOP_COUNT, self._top_count // 4), 0
         return result
 
-    def _run(self, batch: dict):
-        return self.metrics.timed("verify", self.engines.verify, VerifyBatch(**batch))
+    def _run(self, batch: VerifyBatch) -> VerifyResult:
+        return self.metrics.timed("verify", self.engines.verify, batch, "accepted")
 
 
 # What the lists of a VerifyBatch hold; each for requests placed as (index in the group, case, its first wide row).

@@ -12,6 +12,7 @@ Every array of a result is a view of its engine's output buffer: valid until the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -167,17 +168,25 @@ class VerifyBatch:
         cls, logits: ndarray, row_index: ndarray, draft_tokens: ndarray, num_draft: ndarray, draft_vocab_size: int
     ) -> VerifyBatch:
         """Every list empty. draft_vocab_size: V_d."""
-        G, V = draft_tokens.shape[1], logits.shape[1]
-        ints, floats = (lambda *shape: np.zeros(shape, np.int64)), (lambda *shape: np.zeros(shape, np.float32))
-        return cls(
-            logits=logits, row_index=row_index, draft_tokens=draft_tokens, num_draft=num_draft,
-            wide_rows=ints(0), temperature=floats(0), edit_at=ints(0, 2), edit_scale=floats(0), edit_add=floats(0),
-            filter_rows=ints(0), top_k=ints(0), top_p=floats(0), min_p=floats(0), top_count=np.ones(1, np.int64),
-            match_rows=ints(0), noise=floats(0, V), match_filtered=ints(0),
-            sample_index=ints(0), sample_rows=ints(0, G + 1), draft_rows=ints(0), draft_indices=ints(0, G),
-            draft_probs=floats(1, G, draft_vocab_size), accept_uniforms=floats(0, G), next_uniforms=floats(0, G + 1),
-            log_prob_rows=ints(0), log_prob_at=ints(0, 2),
-        )  # fmt: skip
+        lists = _no_lists(draft_tokens.shape[1], logits.shape[1], draft_vocab_size)
+        return cls(logits=logits, row_index=row_index, draft_tokens=draft_tokens, num_draft=num_draft, **lists)
+
+
+@cache
+def _no_lists(G: int, V: int, V_d: int) -> dict[str, ndarray]:
+    """A VerifyBatch's lists, all empty; made once, since a round of one user is short. Read-only."""
+    ints, floats = (lambda *shape: np.zeros(shape, np.int64)), (lambda *shape: np.zeros(shape, np.float32))
+    lists = dict(
+        wide_rows=ints(0), temperature=floats(0), edit_at=ints(0, 2), edit_scale=floats(0), edit_add=floats(0),
+        filter_rows=ints(0), top_k=ints(0), top_p=floats(0), min_p=floats(0), top_count=np.ones(1, np.int64),
+        match_rows=ints(0), noise=floats(0, V), match_filtered=ints(0),
+        sample_index=ints(0), sample_rows=ints(0, G + 1), draft_rows=ints(0), draft_indices=ints(0, G),
+        draft_probs=floats(1, G, V_d), accept_uniforms=floats(0, G), next_uniforms=floats(0, G + 1),
+        log_prob_rows=ints(0), log_prob_at=ints(0, 2),
+    )  # fmt: skip
+    for array in lists.values():
+        array.setflags(write=False)
+    return lists
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy import ndarray
 
-from . import hugepages
+from . import greedy, hugepages
 from .base import (
     BackboneBatch,
     BackboneResult,
@@ -96,6 +96,8 @@ class OnnxRuntimeEngines:
         return ConfidenceResult(**self._graphs["confidence"].run(batch.__dict__))
 
     def verify(self, batch: VerifyBatch) -> VerifyResult:
+        if greedy.is_plain(batch):
+            return greedy.verify(batch)
         return VerifyResult(**self._graphs["verify"].run(batch.__dict__))
 
     def ensure_capacity(self, rows: int, length: int) -> None:
