@@ -184,14 +184,22 @@ def calibration(result: dict) -> tuple[str, str]:
     return "Calibration on held-out rollouts: " + "; ".join(parts) + ".", markdown_table(columns, rows)
 
 
+PEERS: Columns = (
+    ("engine", lambda r: f"{r['peer']} {r['version']}"),
+    ("weights", lambda r: r["variant"]),
+    ("schedule", lambda r: r["schedule"] or ""),
+    ("streams", lambda r: str(r["streams"])),
+    ("rounds", lambda r: str(r["runs"])),
+    ("tok/s", lambda r: _number(r["total_tok_s"], 1)),
+    ("after the first tokens", lambda r: _number(r["decode_tok_s"], 1)),
+    ("/ our target alone at that precision", lambda r: _number(r["ratio_to_ours_same_precision"], 2)),
+    ("/ our best", lambda r: _number(r["ratio_to_ours_best"], 2)),
+)
+
+
 def peers(rows: Sequence[dict]) -> str:
-    """Peers side by side with ours; a column for whatever the rows hold."""
-    titles = {"peer": "engine", "version": "version", "precision": "precision", "streams": "streams"}
-    numbers = {"total_tok_s": ("tok/s", 1), "ratio_to_ours": ("/ ours", 2)}
-    held = lambda name: any(r.get(name) is not None for r in rows)
-    columns: Columns = tuple((t, lambda r, n=n: str(r.get(n) or "")) for n, t in titles.items() if held(n))
-    columns += tuple((t, lambda r, n=n, d=d: _number(r.get(n), d)) for n, (t, d) in numbers.items() if held(n))
-    return markdown_table(columns, sorted(rows, key=lambda r: (r.get("streams") or 0, str(r.get("precision")))))
+    """Other engines side by side with ours, by streams, each precision together, the fastest first."""
+    return markdown_table(PEERS, sorted(rows, key=lambda r: (r["streams"], r["precision"], -r["total_tok_s"])))
 
 
 WHERE: Columns = (("kind", lambda cell: first(cell)["kind"]), ("users", lambda cell: str(first(cell)["concurrency"])))

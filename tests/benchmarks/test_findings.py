@@ -74,11 +74,16 @@ def test_calibration_shows_raw_and_after_by_position():
     assert "| sampled | 2 | 3.00 | 0.00 | 7.00 | 5.00 | 1.50 | 1.00 to 1.00 | 0.010 | 0.0100 | 0.0100 |" in table
 
 
-def test_peers_have_a_column_for_what_is_there():
-    rows = [{"peer": "llama.cpp", "precision": "q8_0", "streams": 16, "total_tok_s": 80.0, "ratio_to_ours": 0.5}]
-    made = findings.peers([*rows, {"peer": "ours", "precision": "int8", "streams": 1, "total_tok_s": 99.0}])
-    assert made.splitlines()[0] == "| engine | precision | streams | tok/s | / ours |"
-    assert made.splitlines()[2:] == ["| ours | int8 | 1 | 99.0 |  |", "| llama.cpp | q8_0 | 16 | 80.0 | 0.50 |"]
+def test_peers_say_which_schedule_and_how_many_rounds():
+    row = dict(peer="llama.cpp", version="1", variant="Q8_0", precision="int8", schedule=None, streams=16, runs=2)
+    row |= dict(total_tok_s=80.0, decode_tok_s=90.0, ratio_to_ours_same_precision=0.5, ratio_to_ours_best=None)
+    ours = row | dict(peer="dspark-triton", variant="int8", schedule="lagged", streams=1, ratio_to_ours_best=1.0)
+    made = findings.peers([row, ours | dict(schedule="none", total_tok_s=70.0), ours]).splitlines()
+    assert made[2:] == [
+        "| dspark-triton 1 | int8 | lagged | 1 | 2 | 80.0 | 90.0 | 0.50 | 1.00 |",
+        "| dspark-triton 1 | int8 | none | 1 | 2 | 70.0 | 90.0 | 0.50 | 1.00 |",
+        "| llama.cpp 1 | Q8_0 |  | 16 | 2 | 80.0 | 90.0 | 0.50 |  |",
+    ]
 
 
 @pytest.mark.parametrize("value, said", [(None, ""), (0.123, "12.3")])

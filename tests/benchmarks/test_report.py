@@ -56,11 +56,13 @@ def test_results_fill_their_sections_and_the_others_stay(tmp_path):
     speeds = {"none": [10.0], "fixed": [8.0], "lagged": [11.0]}
     (build / "bench.json").write_text(json.dumps(grid(speeds, paths=("in_process", "grpc"))))
     (build / "bench.meta.json").write_text(json.dumps(META))
-    (build / "peers.json").write_text(json.dumps([{"peer": "another", "streams": 1, "total_tok_s": 5.0}]))
+    peer = dict(peer="another", version="3", variant="bf16", precision="bf16", schedule=None, streams=1, runs=2)
+    peer |= dict(total_tok_s=5.0, decode_tok_s=6.0, ratio_to_ours_same_precision=None, ratio_to_ours_best=0.5)
+    (build / "peers.json").write_text(json.dumps([peer]))
     main(build, tmp_path)
     made = page(tmp_path, "docs/results.md")
     assert "in 4 of 4 cells, and faster than both in 4 (in 4 by" in made and "the lowest ratio is 1.100" in made
-    assert "| maths | 1 | lagged | 9.9 |" in made and "| another | 1 | 5.0 |" in made and "a cpu, 2 cores" in made
+    assert "| maths | 1 | lagged | 9.9 |" in made and "| another 3 | bf16 |  | 1 | 2 | 5.0 |" in made and "a cpu, 2 cores" in made
     for link in ("images/pareto.png", "images/budget.png"):
         assert link in made and (tmp_path / "docs" / link).is_file()
     section = before.split("<!-- equality:begin -->")[1]
