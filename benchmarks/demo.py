@@ -154,9 +154,9 @@ def main(
         seconds = time.perf_counter() - started
         console.print(f"tritonserver is ready after {seconds:.1f} s, gRPC on {server.grpc_url}", soft_wrap=True)
         console.print(f"{name} {dtype}, a draft of {block} tokens a block, schedule {schedule}\n", soft_wrap=True)
-        client = Client(server.grpc_url)
-        stream_all(console, client, items, max_tokens)
-        rows = measure_all(console, client, items, max_tokens, repeats)
+        with Client(server.grpc_url) as client:
+            stream_all(console, client, items, max_tokens)
+            rows = measure_all(console, client, items, max_tokens, repeats)
     except (ServerError, ClientError) as error:
         bundles.fail(str(error))
     finally:

@@ -35,14 +35,18 @@ def read(file: Path) -> dict[str, Any]:
     return raw
 
 
-def get(raw: dict, key: str, kind: type, where: object) -> Any:
-    """raw[key], checked to be a `kind` (a JSON list becomes a tuple). `where` begins the sentence of the
-    BundleError."""
+def get(raw: dict, key: str, kind: type, where: object, of: tuple[type, ...] = ()) -> Any:
+    """raw[key], checked to be a `kind` (a JSON list becomes a tuple, its elements one of `of` each). `where` begins the
+    sentence of the BundleError."""
     if key not in raw:
         raise BundleError(f"{where} lacks the key {key!r}; {REMAKE}.")
     value = tuple(raw[key]) if kind is tuple and isinstance(raw[key], list) else raw[key]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BundleError(f"{where}: {key} is {raw[key]!r}, it must be {_TYPES[kind]}; {REMAKE}.")
+    for element in value if of else ():
+        if not isinstance(element, of) or isinstance(element, bool):
+            kinds = " or ".join(_TYPES[kind] for kind in of)
+            raise BundleError(f"{where}: {key} holds {element!r}, each must be {kinds}; {REMAKE}.")
     return value
 
 

@@ -81,7 +81,8 @@ def spec_of(cls: type[Spec], raw: dict, where: str) -> Spec:
         if key.type == "int | None":
             values[key.name] = raw.get(key.name)
         else:
-            values[key.name] = get(raw, key.name, kinds[key.type], where)
+            kind = kinds[key.type]
+            values[key.name] = get(raw, key.name, kind, where, of=(int,) if kind is tuple else ())
     return cls(**values)
 
 
@@ -93,8 +94,8 @@ def engine_specs(raw: dict, file: Path) -> dict[str, EngineSpec]:
         specs[name] = EngineSpec(
             path=get(entry, "path", str, where),
             sha256=get(entry, "sha256", str, where),
-            inputs=_tensors(get(entry, "inputs", tuple, where), where),
-            outputs=_tensors(get(entry, "outputs", tuple, where), where),
+            inputs=_tensors(get(entry, "inputs", tuple, where, of=(dict,)), where),
+            outputs=_tensors(get(entry, "outputs", tuple, where, of=(dict,)), where),
             data_sha256=entry.get("data_sha256"),
             plans=get(entry, "plans", dict, where) if "plans" in entry else {},
         )
@@ -103,6 +104,8 @@ def engine_specs(raw: dict, file: Path) -> dict[str, EngineSpec]:
 
 def _tensors(raw: tuple, where: str) -> tuple[TensorSpec, ...]:
     return tuple(
-        TensorSpec(get(t, "name", str, where), get(t, "dtype", str, where), get(t, "shape", tuple, where))
+        TensorSpec(
+            get(t, "name", str, where), get(t, "dtype", str, where), get(t, "shape", tuple, where, of=(int, str))
+        )
         for t in raw
     )

@@ -35,6 +35,11 @@ EDITS = {
     "lacks the key 'max_context'": lambda m: m.pop("max_context"),
     "lacks the key 'vocab_size'": lambda m: m["draft"].pop("vocab_size"),
     "vocab_size is '64', it must be an integer": lambda m: m["target"].update(vocab_size="64"),
+    "eos_token_ids holds 'x', each must be an integer": lambda m: m["target"].update(eos_token_ids=["x"]),
+    "inputs holds 1, each must be an object": lambda m: m["engines"]["verify"].update(inputs=[1]),
+    "shape holds None, each must be an integer or a string": lambda m: m["engines"]["verify"]["outputs"][0].update(
+        shape=[None]
+    ),
     "backend is 'cuda'": lambda m: m.update(backend="cuda"),
     "dtype is 'int3'": lambda m: m.update(dtype="int3"),
     "confidence_temperatures is [1.0]": lambda m: m.update(confidence_temperatures=[1]),
