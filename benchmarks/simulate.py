@@ -55,30 +55,38 @@ POISSON = (
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def table(gpu: roofline.Gpu, model: roofline.Model, block: int, slots: int) -> Sps:
+def table(gpu: roofline.Gpu, model: roofline.Model, block: int, slots: int, token_budget: int = 2048) -> Sps:
     """The roofline as the scheduler's cost table: points on both sides of every CUDA-graph bucket."""
     target, draft = [], []
     requests = [r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if r <= slots]
-    sizes = np.unique(roofline.bucket(np.arange(1, max(requests) * (1 + block) + 2048)).astype(int))
+    sizes = np.unique(roofline.bucket(np.arange(1, max(requests) * (1 + block) + token_budget)).astype(int))
     sizes = np.unique(np.concatenate([sizes, sizes[:-1] + 1]))
     for context in CONTEXTS:
         for r in requests:
-            tokens = np.unique(
-                np.concatenate([[r, r * (1 + block) + 2048], sizes[(sizes > r) & (sizes < r * (1 + block) + 2048)]])
-            )
+            most = r * (1 + block) + token_budget
+            tokens = np.unique(np.concatenate([[r, most], sizes[(sizes > r) & (sizes < most)]]))
             ms = roofline.target_ms(gpu, model, r, tokens, context)
             target += [(r, int(n), context, float(t)) for n, t in zip(tokens, ms)]
             draft.append((r, context, roofline.draft_ms(gpu, model, r, context, block)))
     return Sps.from_points(target, draft)
 
 
-def cell(name: str, card: str, users: int, rollouts: Path, seconds: float, modes=MODES, rate: float = 0.0) -> dict:
+def cell(
+    name: str,
+    card: str,
+    users: int,
+    rollouts: Path,
+    seconds: float,
+    modes=MODES,
+    rate: float = 0.0,
+    token_budget: int = 2048,
+) -> dict:
     """One row: every mode under the same load and seed."""
     model, gpu = roofline.MODELS[name], roofline.GPUS[card]
     block = BLOCKS.get(name, traces.PAPER_BLOCK)
     pool = traces.shifted(rollouts, block)
     slots = min(1024, roofline.capacity(gpu, model, 1024))
-    sps = table(gpu, model, block, slots)
+    sps = table(gpu, model, block, slots, token_budget)
     row: dict = {"model": name, "gpu": card, "users": users, "rate": rate, "slots": slots, "cards": model.cards}
     for mode in modes:
         if mode == "mtp1":
@@ -88,7 +96,9 @@ def cell(name: str, card: str, users: int, rollouts: Path, seconds: float, modes
         else:
             factory = lambda mode=mode: make(mode, threshold=0.5, sps=sps)
         traffic = Traffic(users=users, rate=rate)
-        row[mode] = simulate(factory, sps, pool, traffic, seconds=seconds, slots=slots)
+        row[mode] = simulate(
+            factory, sps, pool, traffic, seconds=seconds, slots=slots, token_budget=token_budget
+        )
     best = max(row[m]["total_tok_s"] for m in ("none", "fixed") if m in row)
     row["ratio"] = row["lagged"]["total_tok_s"] / best if best else float("nan")
     return row
@@ -105,6 +115,7 @@ def main(
         str, typer.Option(help="shares of lagged's closed-loop peak that Poisson arrivals offer")
     ] = "0.3,0.6,0.9",
     seconds: Annotated[float, typer.Option(help="simulated seconds of a cell")] = 120.0,
+    token_budget: Annotated[int, typer.Option(help="tokens of a step, prompts included")] = 2048,
     out: Path = Path("build/simulation.json"),
     images: Path = Path("docs/images"),
 ) -> None:
@@ -123,12 +134,12 @@ def main(
         task = bar.add_task("simulating", total=len(cells) * (len(levels) + len(shares)))
         for name, card in cells:
             for level in levels:
-                rows.append(cell(name, card, level, rollouts, seconds))
+                rows.append(cell(name, card, level, rollouts, seconds, token_budget=token_budget))
                 bar.advance(task)
             peak = max(r["lagged"]["total_tok_s"] for r in rows if (r["model"], r["gpu"]) == (name, card))
             for share in shares:
                 rate = share * peak / Traffic().answer
-                row = cell(name, card, 0, rollouts, seconds, ("none", "fixed", "lagged"), rate=rate)
+                row = cell(name, card, 0, rollouts, seconds, ("none", "fixed", "lagged"), rate, token_budget)
                 open_loop.append({**row, "load": share})
                 bar.advance(task)
             write_result(out, {"rollouts": what, "seconds": seconds, "rows": rows, "poisson": open_loop})
