@@ -15,6 +15,7 @@ import torch
 from training.checkpoint import load_draft
 from training.data import Sequence, TargetPass, coverage, is_held_out
 from training.initialisation import HeadShape, default_layer_ids, eos_ids, new_draft
+from training.ranks import Ranks
 from training.settings import TrainSettings
 from training.target import TargetModel
 from training.trainer import Trainer
@@ -24,7 +25,8 @@ def train(
     target_folder: Path, load: Callable[[], list[Sequence]], out: Path, shape: HeadShape, settings: TrainSettings, *,
     init: Path | None = None, resume: bool = False,
 ) -> Trainer:  # fmt: skip
-    """The `train` command: builds (or takes up) a head for the target and trains it, with a progress bar."""
+    """The `train` command: builds (or takes up) a head for the target and trains it, with a progress bar. Under torchrun
+    the processes share each step's batches, and the first of them speaks."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -35,17 +37,22 @@ def train(
         raise FileNotFoundError(f"{out} holds no state.pt to resume from.")
     if not resume and (Path(out) / "state.pt").exists():
         raise ValueError(f"{out} holds a run already; add --resume, or name another folder.")
+    ranks = Ranks.join()
     draft = None if source is None else load_draft(source, target_folder)
-    sequences = load()
+    sequences = ranks.from_first(load)
     layer_ids = shape.layer_ids or default_layer_ids(int(raw["num_hidden_layers"]))
     if draft is not None:
         layer_ids = draft.config.target_layer_ids
     target = TargetModel.from_pretrained(target_folder, layer_ids, dtype)
     if draft is None:
         draft = new_draft(target, [s for s in sequences if not is_held_out(s)], shape, settings.seed, eos_ids(raw))
-    trainer = Trainer(target, draft, load, out, settings)
+    trainer = Trainer(target, draft, load, out, settings, ranks)
     if resume:
         trainer.resume()
+    if not ranks.first:
+        trainer.run()
+        ranks.leave()
+        return trainer
     V = draft.config.decoder.vocab_size
     tokens = sum(len(s.tokens) - s.prompt_length for s in sequences)
     padded = sum(b.tokens.numel() for b in trainer.batches)
@@ -72,6 +79,7 @@ def train(
                 bar.print(f"step {line['step']}  {rate:.0f} blocks/s  held out: {numbers}")
 
         trainer.run(report)
+    ranks.leave()
     done = trainer.progress
     minutes = done.seconds / 60
     print(f"{done.step:,} steps, {done.blocks:,} blocks, {done.tokens:,} answer tokens seen, {minutes:.1f} minutes.")

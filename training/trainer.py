@@ -5,7 +5,8 @@ begins (initialisation.py), what is done with a batch (batch_pass.py), ONNX, ser
 
 All randomness is drawn from (seed, step) or (seed, epoch): a run with `steps` is a function of its seed and data, and a
 resumed run continues as if it had not stopped. A run with `minutes` decays its learning rate by the share of time used;
-the log says how many steps it took.
+the log says how many steps it took. Several processes (ranks.py) share a step's batches: the same run, but for the
+order in which gradients are added up.
 
 Legend: B sequences, A anchors a sequence, G block size.
 """
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from training.batch_pass import BatchPass
-from training.checkpoint import config_to_json, save_draft
+from training.checkpoint import save_draft
 from training.data import Batch, Sequence, TargetPass, is_held_out, make_batches, sequence_key
 from training.draft import DraftModel
+from training.formats.deepspec import config_to_json
 from training.held_out import HeldOut
-from training.loss import Losses, block_acceptance
+from training.loss import block_acceptance
+from training.ranks import Ranks
 from training.seeds import generator_for
 from training.settings import TrainSettings
 from training.target import TargetModel
@@ -50,12 +53,16 @@ class Progress:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """One batch of a step: its losses, the gradient of each parameter (None where unused), valid [B, A, G], counts."""
+LOSSES = ("total", "ce", "l1", "confidence")
 
-    losses: Losses
-    gradients: tuple[Tensor | None, ...]
+
+@dataclass(frozen=True)
+class Seen:
+    """What the log says of one batch of a step: LOSSES, chance [N] of acceptance and valid [B*A, G] of its slots,
+    counts."""
+
+    losses: tuple[float, ...]
+    chance: Tensor
     valid: Tensor
     blocks: int
     tokens: int
@@ -70,25 +77,33 @@ class Trainer:
 
     def __init__(
         self, target: TargetModel, draft: DraftModel, load: Callable[[], list[Sequence]], out: Path,
-        settings: TrainSettings,
+        settings: TrainSettings, ranks: Ranks = Ranks(),
     ):  # fmt: skip
-        self.draft, self.load, self.out, self.settings = draft, load, Path(out), settings
+        if settings.batches_per_step < ranks.size:
+            raise ValueError(
+                f"batches_per_step is {settings.batches_per_step}; it must be at least the {ranks.size} processes of the run."
+            )
+        self.draft, self.out, self.settings, self.ranks = draft, Path(out), settings, ranks
+        self.load = lambda: ranks.from_first(load)
         self.target_pass = TargetPass(target, draft.draft_to_target(), int(settings.feature_cache_gb * 1e9))
         self.batch_pass = BatchPass(target, draft, self.target_pass, settings)
         self.batches: list[Batch] = []
         self.held_out = HeldOut(settings)
         self.grown: list[list[str]] = []  # keys of the sequences that each growth added
-        self.grow(load())
+        self.grow(self.load())
         if not self.batches:
             raise ValueError("the training data holds no sequence with two answer tokens inside max_length.")
         draft.train().requires_grad_(True)
         draft.embed_tokens.requires_grad_(False)
         self.parameters = [p for p in draft.parameters() if p.requires_grad]
+        ranks.like_first([p.data for p in self.parameters])
         self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, ADAM_BETAS, weight_decay=0.0, fused=True)
         self.progress = Progress()
         self.stop_requested = False
         self.workers = ThreadPoolExecutor(
-            min(settings.batches_per_step, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,)
+            min(-(-settings.batches_per_step // ranks.size), max(1, (os.cpu_count() or 1) // ranks.local_size)),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
         )
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -109,12 +124,15 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def gradients(self, key: int, number: int) -> BatchResult:
-        """Forward and backward of batch `key`; `number` (step and place in it) seeds its anchors."""
+    def gradients(self, key: int, number: int) -> tuple[tuple[Tensor | None, ...], Seen]:
+        """Forward and backward of batch `key`: the gradient of each parameter (None where unused). `number` (step and
+        place in it) seeds its anchors."""
         batch = self.batches[key]
         f, losses, keep = self.batch_pass(batch, key, generator_for(self.settings.seed, "anchors", number))
         gradients = torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
-        return BatchResult(losses, gradients, f.valid, int(keep.sum()), int(batch.loss_mask.sum()))
+        values = tuple(float(getattr(losses, name).detach()) for name in LOSSES)
+        chance, valid = 1 - 0.5 * losses.row_l1, f.valid.flatten(0, 1)
+        return gradients, Seen(values, chance, valid, int(keep.sum()), int(batch.loss_mask.sum()))
 
     def step(self) -> dict:
         """One optimiser step -> its line of the log.
@@ -129,23 +147,24 @@ class Trainer:
         order = torch.randperm(len(self.batches), generator=generator_for(s.seed, "order", done.epoch))
         keys = order[done.place : done.place + s.batches_per_step].tolist()
         numbers = [done.step * s.batches_per_step + i for i in range(len(keys))]
-        results = list(self.workers.map(self.gradients, keys, numbers))
-        for parameter, *parts in zip(self.parameters, *(r.gradients for r in results)):
+        mine = list(self.workers.map(self.gradients, self.ranks.share(keys), self.ranks.share(numbers)))
+        sums = []
+        for parts in zip(*(gradients for gradients, _ in mine)) if mine else [()] * len(self.parameters):
             present = [g for g in parts if g is not None]
-            parameter.grad = sum(present[1:], start=present[0]).div_(len(keys)) if present else None
+            sums.append(sum(present[1:], start=present[0]) if present else None)
+        for parameter, gradient in zip(self.parameters, self.ranks.total(sums, self.parameters)):
+            parameter.grad = None if gradient is None else gradient.div_(len(keys))
         norm = nn.utils.clip_grad_norm_(self.parameters, s.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr = s.lr * self.lr_share()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         done.step, done.place = done.step + 1, done.place + len(keys)
-        done.blocks += sum(r.blocks for r in results)
-        done.tokens += sum(r.tokens for r in results)
-        chance, tau = block_acceptance(
-            torch.cat([1 - 0.5 * r.losses.row_l1 for r in results]), torch.cat([r.valid.flatten(0, 1) for r in results])
-        )
-        mean = lambda name: sum(float(getattr(r.losses, name).detach()) for r in results) / len(results)
-        values = {name: round(mean(name), 5) for name in ("total", "ce", "l1", "confidence")}
+        seen = self.ranks.joined([seen for _, seen in mine])
+        done.blocks += sum(x.blocks for x in seen)
+        done.tokens += sum(x.tokens for x in seen)
+        chance, tau = block_acceptance(torch.cat([x.chance for x in seen]), torch.cat([x.valid for x in seen]))
+        values = {name: round(sum(x.losses[i] for x in seen) / len(seen), 5) for i, name in enumerate(LOSSES)}
         return {
             "step": done.step, "epoch": done.epoch, "batches": len(self.batches), **values, "acceptance": chance,
             "tau": tau, "lr": lr, "grad_norm": round(float(norm), 4), "blocks": done.blocks, "tokens": done.tokens,
@@ -172,18 +191,19 @@ class Trainer:
         log."""
         torch.set_flush_denormal(True)
         self.out.mkdir(parents=True, exist_ok=True)
-        stop = lambda *_: setattr(self, "stop_requested", True)
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        ask = lambda *_: setattr(self, "stop_requested", True)
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         started, base = time.monotonic(), self.progress.seconds
         saved = started
         try:
-            with (self.out / "log.jsonl").open("a") as log:
-                while self.share_done() < 1 and not self.stop_requested:
+            with (self.out / "log.jsonl" if self.ranks.first else Path(os.devnull)).open("a") as log:
+                stop = self.stop_requested
+                while self.share_done() < 1 and not stop:
                     line = self.step()
-                    self.progress.seconds = base + time.monotonic() - started
+                    self.progress.seconds = self.ranks.from_first(lambda: base + time.monotonic() - started)
                     line["seconds"] = round(self.progress.seconds, 2)
                     last = self.share_done() >= 1
-                    if self.progress.step % self.settings.evaluate_steps == 0 or last:
+                    if self.ranks.first and (self.progress.step % self.settings.evaluate_steps == 0 or last):
                         line["held_out"] = self.held_out.evaluate(self.batch_pass, self.workers)
                     log.write(json.dumps(line) + "\n")
                     log.flush()
@@ -191,13 +211,17 @@ class Trainer:
                     if time.monotonic() - saved > 60 * self.settings.save_minutes and not last:
                         self.save()
                         saved = time.monotonic()
+                    stop = any(self.ranks.gather(self.stop_requested))
             self.save()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def save(self) -> None:
-        """latest/: the draft in DeepSpec format, bf16, without the frozen embedding; state.pt: what to go on from."""
+        """latest/: the draft in DeepSpec format, bf16, without the frozen embedding; state.pt: what to go on from. Rank 0
+        writes; a run goes on with any number of processes that see the folder."""
+        if not self.ranks.first:
+            return
         save_draft(self.draft, self.out / "latest", dtype=torch.bfloat16, embed_tokens=False)
         trained = {k: v for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}
         state = {
