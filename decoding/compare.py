@@ -11,6 +11,7 @@ from typing import Callable
 import numpy as np
 
 from engines import Engines
+from engines.arrays import to_host
 from engines.pack import pack_target
 
 from .generate import Answer, decode_all, progress
@@ -97,7 +98,7 @@ def next_logits(engines: Engines, ids: list[int], chunk: int = 512) -> np.ndarra
         lengths, wanted = np.array([start], np.int64), np.array([1], np.int64)
         batch, _, _ = pack_target([part], lengths, wanted, engines.target_capacity, engines.bundle.max_context)
         result = engines.target(batch)
-    return result.logits[0].copy()
+    return to_host(result.logits[0]).copy()
 
 
 def top_gap(engines: Engines, ids: list[int]) -> float:

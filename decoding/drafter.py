@@ -85,7 +85,7 @@ class Drafter:
         bundle = engines.bundle
         self.engines, self.scheduler, self.metrics = engines, scheduler, metrics
         self.G, self.max_context, self.token_budget = bundle.draft.block_size, bundle.max_context, token_budget
-        self.V = bundle.target.vocab_size
+        self.V, self.limits = bundle.target.vocab_size, engines.pass_limits
         self.confidence = scheduler.uses_confidence or wants_confidence
         self._temperatures = np.array([bundle.temperatures(False), bundle.temperatures(True)], np.float32)  # greedy, sampled
         self._biases = np.array([bundle.biases(False), bundle.biases(True)], np.float32)
@@ -103,7 +103,8 @@ class Drafter:
         wanted = min(self.scheduler.draft(load), load.requests) if load.requests else 0
         self.metrics.add("schedule", perf_counter() - started)
         if not wanted:
-            if max(s.pending_rows for s in rows) >= 2 * self.token_budget:
+            waiting = [s.pending_rows for s in rows]
+            if max(waiting) >= 2 * self.token_budget or (self.limits and sum(waiting) >= self.limits.kept_rows):
                 self._backbone(rows, 0, len(rows), ready)
             return None
         self.metrics.probes += self.scheduler.probing
@@ -115,11 +116,13 @@ class Drafter:
         anchors, backbone = self._backbone(rows, first, count, drafted[here])
         batch = markov_batch(members, drafted[here], anchors, backbone, self.V)
         sample_index = batch.sample_index
-        block = self.metrics.timed("markov", self.engines.markov, batch)
+        last = not self.confidence
+        block = self.metrics.timed("markov", self.engines.markov, batch, "draft_tokens" if last else None)
         logits = confidence = None
         if self.confidence:
             batch = ConfidenceBatch(backbone.hidden, block.markov_embeddings)
-            logits = self.metrics.timed("confidence", self.engines.confidence, batch).confidence_logits
+            result = self.metrics.timed("confidence", self.engines.confidence, batch, "confidence_logits")
+            logits = result.confidence_logits
             kind = np.array([s.temperature > 0 for s in members], np.int64)
             confidence = sigmoid(logits / self._temperatures[kind] + self._biases[kind])
         started = perf_counter()
@@ -156,19 +159,37 @@ class Drafter:
     def _backbone(self, rows: list[Sequence], first: int, count: int, drafted: ndarray):
         """(anchors [count], backbone's result) of rows first .. first + count - 1, their waiting context handed over."""
         members = rows[first : first + count]
-        counts = np.array([s.pending_rows for s in members], np.int64)
-        lengths = np.array([s.draft_length for s in members], np.int64)
         anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(members, drafted)], np.int64)
+        *early, last = self._shares(np.array([s.pending_rows for s in members], np.int64))
+        for counts in early:  # their blocks mean nothing: the next pass overwrites them
+            self._pass(rows, first, members, counts, anchors)
+        return anchors, self._pass(rows, first, members, last, anchors)
+
+    def _shares(self, waiting: ndarray) -> list[ndarray]:
+        """How much of the waiting context [B] goes into which pass: all into one, unless the engines take less."""
+        if self.limits is None:
+            return [waiting]
+        shares = []
+        while not shares or waiting.any():
+            share = np.minimum(waiting, self.limits.tokens)
+            share = np.maximum(share - np.maximum(np.cumsum(share) - self.limits.context_rows, 0), 0)
+            shares.append(share)
+            waiting = waiting - share
+        return shares
+
+    def _pass(self, rows: list[Sequence], first: int, members: list[Sequence], counts: ndarray, anchors: ndarray):
+        """The backbone's result over the first counts [B] rows of each member's waiting context."""
+        lengths = np.array([s.draft_length for s in members], np.int64)
         longest = max(s.target_length for s in rows) + self.G + 1
         # Every row is padded to the widest one's slots, and padded slots are written too.
         self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + self.G, longest))
-        pieces = [s.pending for s in members]
+        pieces = [s.waiting(n) for s, n in zip(members, counts.tolist())]
         capacity = self.engines.draft_capacity
         batch = pack_backbone(pieces, counts, lengths, anchors, self.G, capacity, self.max_context, first)
         result = self.metrics.timed("backbone", self.engines.backbone, batch)
-        for s in members:
-            s.injected()
-        return anchors, result
+        for s, n in zip(members, counts.tolist()):
+            s.injected(n)
+        return result
 
 
 def _threshold(s: Sequence) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from engines import Engines
+from engines.arrays import to_host
 from engines.pack import pack_target
 
 from .checks import Check
@@ -106,7 +107,7 @@ def _scored(
 
 def _pass(engines: Engines, tokens: list[list[int]], lengths: ndarray, wanted: ndarray) -> ndarray:
     batch, _, _ = pack_target(tokens, lengths, wanted, engines.target_capacity, engines.bundle.max_context)
-    return engines.target(batch).logits
+    return to_host(engines.target(batch).logits)
 
 
 def chi_square(observed: ndarray, expected: ndarray) -> float:

@@ -82,6 +82,13 @@ class Loop:
             raise ValueError(f"max_requests is {max_requests}; it must be 1 or more.")
         if token_budget < 1:
             raise ValueError(f"token_budget is {token_budget}; it must be 1 or more.")
+        if (most := engines.pass_limits) is not None:
+            if max_requests > most.requests:
+                raise ValueError(
+                    f"max_requests is {max_requests}; these engines were compiled for 1..{most.requests}: "
+                    f"export again with --max-requests {max_requests}."
+                )
+            token_budget = min(token_budget, most.tokens)
         self.engines, self.scheduler = engines, scheduler
         self.max_requests, self.token_budget = max_requests, token_budget
         bundle = engines.bundle

@@ -237,7 +237,21 @@ class Sequence:
         self.pending.append(features.copy())
         self.pending_rows += len(features)
 
-    def injected(self) -> None:
-        """The draft's cache now holds everything up to target_length."""
-        self.draft_length += self.pending_rows
-        self.pending, self.pending_rows = [], 0
+    def waiting(self, rows: int) -> list[ndarray]:
+        """The first `rows` feature rows that wait for the draft, in pieces."""
+        pieces = []
+        for piece in self.pending:
+            if rows <= 0:
+                break
+            pieces.append(piece if len(piece) <= rows else piece[:rows])
+            rows -= len(piece)
+        return pieces
+
+    def injected(self, rows: int) -> None:
+        """The draft's cache now holds the first `rows` of what waited."""
+        self.draft_length += rows
+        self.pending_rows -= rows
+        while rows > 0 and len(self.pending[0]) <= rows:
+            rows -= len(self.pending.pop(0))
+        if rows > 0:
+            self.pending[0] = self.pending[0][rows:]

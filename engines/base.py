@@ -204,12 +204,27 @@ class VerifyResult:
 MASK_VALUES = {
     "float32": (np.float32(0), np.float32(-1e30)),
     "float16": (np.float16(0), np.float16(-3e4)),
+    "bfloat16": (np.uint16(0), np.uint16(np.float32(-1e30).view(np.uint32) >> 16)),  # its bits: numpy has no bfloat16
 }  # finite: a score plus the lowest float would overflow to -inf
+
+
+@dataclass(frozen=True)
+class PassLimits:
+    """What engines of fixed sizes take at most. requests: rows of the caches; tokens: of prompts in a step, and of new
+    context of one request in a backbone pass; context_rows: F of a backbone pass; kept_rows: feature rows that may wait
+    for the draft, of all requests together, when a step begins."""
+
+    requests: int
+    tokens: int
+    context_rows: int
+    kept_rows: int
 
 
 class Engines(Protocol):
     """A loaded bundle. Not thread safe: one thread drives it. `verify_rows`: wide rows that one verify call should have
-    at most (what stays in this machine's caches), None = any number.
+    at most (what stays in this machine's caches), None = any number. `pass_limits`: None = passes of any size.
+    Logits, features, hidden states and distributions need not be numpy's (engines/arrays.py says what they can do); ids,
+    counts and statistics are, and may be waited for when they are first read.
 
     Cache row r of both caches belongs to active request r. `target_capacity` and `draft_capacity` are the C that the
     masks must have; they change only in `ensure_capacity`. write_index + Q <= C must hold in every call.
@@ -223,6 +238,7 @@ class Engines(Protocol):
     target_capacity: int
     draft_capacity: int
     verify_rows: int | None
+    pass_limits: PassLimits | None
 
     def target(self, batch: TargetBatch) -> TargetResult: ...
 

@@ -28,6 +28,7 @@ from .base import (
 )
 from .bundle import Bundle, BundleError, EngineSpec, TensorSpec
 from .caches import Caches
+from .feeds import check_rows, sizes_of
 
 _ORT_DTYPES = {
     "tensor(float)": "float32",
@@ -50,7 +51,7 @@ class OnnxRuntimeEngines:
     def __init__(self, bundle: Bundle, *, threads: int | None = None, log_severity: int = 3):
         t, d = bundle.target, bundle.draft
         self.bundle = bundle
-        self.verify_rows = max(1, VERIFY_BYTES // (4 * t.vocab_size))
+        self.verify_rows, self.pass_limits = max(1, VERIFY_BYTES // (4 * t.vocab_size)), None
         self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
         options = session_options(self.threads, log_severity)
         self.target_caches = Caches(
@@ -141,20 +142,8 @@ class Graph:
     def run(self, feeds: dict[str, ndarray | None], first_row: int = 0) -> dict[str, ndarray]:
         """feeds: an array per graph input, of the declared dtype and shape (else ValueError); what the graph does not
         use may be there too. Returns views of the buffers."""
-        sizes: dict[str, int] = {}
-        arrays = []
-        for name, dtype, shape in self.inputs:
-            array = feeds[name]
-            if array.dtype != dtype or array.ndim != len(shape):
-                raise ValueError(
-                    f"{self.name}: {name} is {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}."
-                )
-            for dim, size in zip(shape, array.shape):
-                if (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) != size:
-                    raise ValueError(
-                        f"{self.name}: {name} is {list(array.shape)}, expected {list(shape)} with {sizes}."
-                    )
-            arrays.append((name, dtype.type, np.ascontiguousarray(array)))
+        sizes = sizes_of(self.name, self.inputs, feeds)
+        arrays = [(name, dtype.type, np.ascontiguousarray(feeds[name])) for name, dtype, _ in self.inputs]
         binding = self._binding(first_row, sizes)
         for name, kind, array in arrays:
             binding.input(name, kind, array)
@@ -179,11 +168,7 @@ class Graph:
             key = (0, 0)
         else:
             key = (first_row, sizes["R"])
-            if first_row < 0 or first_row + sizes["R"] > self.caches.rows or sizes["C"] != self.caches.capacity:
-                raise ValueError(
-                    f"{self.name}: rows {first_row}..{first_row + sizes['R'] - 1} with C = {sizes['C']} do not fit "
-                    f"the caches ({self.caches.rows} rows, capacity {self.caches.capacity})."
-                )
+            check_rows(self.name, first_row, sizes, self.caches.rows, self.caches.capacity)
             if self._generation != self.caches.generation:
                 self._bindings.clear()
                 self._generation = self.caches.generation

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy import ndarray
 
+from .arrays import concatenate
 from .base import BackboneBatch, TargetBatch
 
 
@@ -58,7 +59,7 @@ def pack_backbone(
     max_context: int,
     first_row: int = 0,
 ) -> BackboneBatch:
-    """New context `features[r]` (pieces [.., L*d], `counts` [R] rows in all) behind `lengths` [R] injected positions,
+    """New context `features[r]` (pieces [.., L*d], numpy's or on a device; `counts` [R] rows in all) behind `lengths` [R] injected positions,
     then the block of `anchors` [R] (token ids). A block sees all of its context and, in both directions, itself."""
     R, Q = len(anchors), int(counts.max()) + G
     F = int(counts.sum())
@@ -68,7 +69,7 @@ def pack_backbone(
     pad_index = np.where(block < 0, starts[:, None] + slots, np.where(block < G, block_rows, 0))
     ends = lengths + counts  # the anchor's position
     return BackboneBatch(
-        features=np.concatenate([piece for pieces in features for piece in pieces]),
+        features=concatenate([piece for pieces in features for piece in pieces]),
         anchor_ids=anchors,
         pad_index=pad_index,
         position_ids=np.minimum(lengths[:, None] + slots, max_context - 1),

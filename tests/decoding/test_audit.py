@@ -16,6 +16,7 @@ class Broken:
     """The real engines with a verify whose batch is changed."""
 
     verify_rows = None
+    pass_limits = None
 
     def __init__(self, engines, **changes):
         self.engines, self.changes = engines, changes

@@ -49,6 +49,7 @@ class TableEngines:
     are."""
 
     verify_rows = None  # one call for any number of rows
+    pass_limits = None
 
     def __init__(self, graphs: engines.Engines, table: Table):
         self.graphs, self.table = graphs, table
