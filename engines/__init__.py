@@ -6,14 +6,20 @@ from pathlib import Path
 
 from .base import Engines
 from .bundle import Bundle, BundleError
+from .devices import Device
 
 __all__ = ["Bundle", "BundleError", "Engines", "load"]
 
 
-def load(bundle_folder: str | Path, *, backend: str | None = None, threads: int | None = None) -> Engines:
-    """Opens a bundle. `backend`: None = the manifest's. Raises BundleError, in one sentence, for what does not fit."""
+def load(
+    bundle_folder: str | Path, *, backend: str | None = None, threads: int | None = None, device: str | None = None
+) -> Engines:
+    """Opens a bundle. `backend`: None = the manifest's; `device`: "cpu" | "cuda" | "cuda:N", None = the backend's own
+    (the CPU for onnxruntime, GPU 0 for TensorRT). Raises BundleError, in one sentence, for what does not fit,
+    ValueError for what is no device."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; it must be 1 or more.")
+    place = None if device is None else Device.of(device)
     bundle = Bundle.load(bundle_folder)
     if backend not in (None, bundle.backend):
         raise BundleError(
@@ -21,13 +27,15 @@ def load(bundle_folder: str | Path, *, backend: str | None = None, threads: int 
             f"run python -m export --backend {backend}."
         )
     if bundle.backend != "onnxruntime":
-        from .trt.plans import check_bundle
+        if place is not None and place.kind == "cpu":
+            raise BundleError(f"{bundle_folder}: device is 'cpu'; {bundle.backend} plans run on a GPU (cuda or cuda:N).")
+        from .tensorrt import TensorRtEngines
 
-        check_bundle(bundle)
-        raise BundleError(
-            f"{bundle_folder}: this version compiles {bundle.backend} plans and does not run them yet; "
-            f"run python -m export --backend onnxruntime."
-        )
+        return TensorRtEngines(bundle, device=place.index if place else 0)
+    if place is not None and place.kind == "cuda":
+        from .onnxruntime_cuda import CudaEngines
+
+        return CudaEngines(bundle, place.index, threads=threads)
     from .onnxruntime import OnnxRuntimeEngines
 
     return OnnxRuntimeEngines(bundle, threads=threads)

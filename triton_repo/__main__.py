@@ -11,6 +11,7 @@ import typer
 
 from decoding.schedule import SCHEDULES
 
+from .placement import Placement
 from .repository import Settings, build
 from .runtime import Ports, ServerError
 from .server import TritonServer
@@ -25,6 +26,7 @@ Profile = Annotated[str, typer.Option(help="Measure step times at the start: nev
 MaxRequests = Annotated[int, typer.Option(help="Requests decoded together.")]
 TokenBudget = Annotated[int, typer.Option(help="Tokens fed to the target in one round.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engines; 0 lets them choose.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda (GPU 0), or cuda:0,1,.. for an instance of the model on each.")]
 ResponseMs = Annotated[int, typer.Option(help="Least ms between two responses of a request on a core; 0: one a round.")]
 
 
@@ -40,11 +42,12 @@ def build_command(
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
     response_ms: ResponseMs = 50,
+    device: Device = "cpu",
 ) -> None:
     """Write a model repository for any tritonserver with the python backend."""
     with _sentences():
         values = (schedule, threshold, accept, profile, max_requests, token_budget, threads, response_ms)
-        print(build(bundle, out, Settings(*values)))
+        print(build(bundle, out, Settings(*values), Placement.of(device)))
 
 
 @app.command()
@@ -58,6 +61,7 @@ def serve(
     token_budget: TokenBudget = 512,
     threads: Threads = 0,
     response_ms: ResponseMs = 50,
+    device: Device = "cpu",
     http_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 picks a free port.")] = 8002,
@@ -70,7 +74,8 @@ def serve(
     with _sentences():
         settings = Settings(schedule, threshold, accept, profile, max_requests, token_budget, threads, response_ms)
         ports = Ports(http_port, grpc_port, metrics_port)
-        server = TritonServer(bundle, settings=settings, ports=ports, address=address, drain_timeout=drain_timeout)
+        where = dict(placement=Placement.of(device), ports=ports, address=address)
+        server = TritonServer(bundle, settings=settings, **where, drain_timeout=drain_timeout)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .ledger import Ledger, ledger_file
+from .ledger import Ledger, ledger_file, life_of
 from .metrics import Metrics
 from .repository import Settings
 from .service import Service, Traces
@@ -20,8 +20,11 @@ AT_ONCE = 64  # with engines that leave the CPU alone: requests that the sender 
 PROFILE_SECONDS = 30.0  # of a profile at the start, about
 
 
-def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, say: Callable[[str], None]) -> Service:
-    """server_pid names the ledger that postprocessing writes; say(sentence) hears what takes time.
+def open_service(
+    bundle: Path, settings: Settings, pb_utils, server_pid: int, say: Callable[[str], None], device: str | None = None
+) -> Service:
+    """server_pid names the ledger that postprocessing writes; say(sentence) hears what takes time; device: of
+    engines.load (None: the bundle's own).
 
     Raises BundleError or ScheduleError, in one sentence, for a bundle that does not fit the settings.
     """
@@ -30,7 +33,7 @@ def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, sa
     from decoding.schedule import make
     from engines import load
 
-    engines = load(bundle, threads=settings.threads or None)
+    engines = load(bundle, threads=settings.threads or None, device=device)
     block_size = engines.bundle.draft.block_size
     sps = speed_table(engines, settings, say) if settings.needs_table else None
     scheduler = make(settings.schedule, settings.threshold, sps)
@@ -46,7 +49,8 @@ def open_service(bundle: Path, settings: Settings, pb_utils, server_pid: int, sa
             observers=(monitor, traces),
         )
 
-    ledger, metrics = Ledger(ledger_file(server_pid), make=True), Metrics(pb_utils, block_size, monitor)
+    ledger = Ledger(ledger_file(server_pid), make=True, life=life_of(server_pid))
+    metrics = Metrics(pb_utils, block_size, monitor)
 
     def close() -> None:
         metrics.close()

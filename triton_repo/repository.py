@@ -15,7 +15,8 @@ from decoding.schedule import LOAD_AWARE, SCHEDULES
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from .description import CHAIN, ENSEMBLE, POSTPROCESSING, USER_INPUTS, Model, Tensor, wire
+from .description import CHAIN, DSPARK, ENGINE, ENSEMBLE, POSTPROCESSING, USER_INPUTS, Model, Tensor, wire
+from .placement import CPU, GPU, Placement
 
 MODELS = Path(__file__).parent / "models"
 PROFILES = ("never", "missing", "always")
@@ -77,10 +78,12 @@ class Settings:
         return cls(**read)
 
 
-def build(bundle: Path, out: Path, settings: Settings = Settings()) -> Path:
+def build(bundle: Path, out: Path, settings: Settings = Settings(), placement: Placement = Placement()) -> Path:
     """Writes the repository at `out` (written beside, then renamed) and returns it.
 
-    The bundle is named relative to the repository, so that the folder that holds both can be moved or mounted.
+    config.pbtxt of dspark has `placement`; beside it lie configs/cpu.pbtxt and configs/gpu.pbtxt for
+    `tritonserver --model-config-name`, the GPU one with placement's GPUs, or GPU 0. The bundle is named relative to the
+    repository, so that the folder that holds both can be moved or mounted.
     Raises FileNotFoundError when `bundle` has no manifest.json, and FileExistsError when `out` is some other folder.
     """
     bundle, out = Path(bundle).resolve(), Path(out).resolve()
@@ -94,8 +97,16 @@ def build(bundle: Path, out: Path, settings: Settings = Settings()) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     for model in CHAIN:
         (beside / model.name / "1").mkdir(parents=True)
-        (beside / model.name / "config.pbtxt").write_text(render(model_config(model, values)))
+        if model is not ENGINE:
+            (beside / model.name / "config.pbtxt").write_text(render(model_config(model, values)))
         shutil.copyfile(MODELS / f"{model.name}.py", beside / model.name / "1" / "model.py")
+    variants = {CPU: Placement(), GPU: Placement((0,))} | {placement.name: placement}
+    (beside / DSPARK / "configs").mkdir()
+    for name, variant in variants.items():
+        config = render(model_config(ENGINE, values, variant))
+        (beside / DSPARK / "configs" / f"{name}.pbtxt").write_text(config)
+        if name == placement.name:
+            (beside / DSPARK / "config.pbtxt").write_text(config)
     (beside / ENSEMBLE / "1").mkdir(parents=True)
     (beside / ENSEMBLE / "1" / ".keep").touch()  # Triton wants the version folder, git and archives drop an empty one
     (beside / ENSEMBLE / "config.pbtxt").write_text(render(ensemble_config()))
@@ -109,12 +120,13 @@ def bundle_folder(model_repository: str, value: str) -> Path:
     return (Path(model_repository).parent / value).resolve()
 
 
-def model_config(model: Model, values: dict[str, str]) -> pb.ModelConfig:
-    """One python-backend model: a single CPU instance (a second `postprocessing` would mix the texts of a stream)."""
+def model_config(model: Model, values: dict[str, str], placement: Placement = Placement()) -> pb.ModelConfig:
+    """One python-backend model; placement is for dspark alone (a second `postprocessing` would mix the texts of a
+    stream)."""
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=0)
     config.input.extend(_input(t) for t in (*model.inputs, *model.control))
     config.output.extend(_output(t) for t in (*model.outputs, *model.answers))
-    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    config.instance_group.extend(placement.groups())
     if model.decoupled:
         config.model_transaction_policy.decoupled = True
     for name in model.parameters:

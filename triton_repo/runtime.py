@@ -1,4 +1,5 @@
-"""The embedded tritonserver: where the nvidia-pytriton wheel keeps it, and the command and environment it needs.
+"""The tritonserver on this machine, of the nvidia-pytriton wheel or of NVIDIA's container: its files, and the command
+and environment it needs.
 
 Knows: files, ports, environment variables. Refuses to know: models, requests, how long a server lives (server.py).
 """
@@ -57,6 +58,41 @@ class Wheel:
             site / "nvidia_pytriton.libs",
             libpython,
         )
+
+
+    def backends(self, folder: Path) -> Path:
+        """The backend directory, assembled in `folder`."""
+        return assemble_backend(self, folder)
+
+    def environment(self) -> dict[str, str]:
+        return environment(self)
+
+
+@dataclass(frozen=True)
+class Container:
+    """tritonserver as NVIDIA's images have it: binary and backends in one place, for the image's own Python."""
+
+    root: Path
+
+    @property
+    def binary(self) -> Path:
+        return self.root / "bin" / "tritonserver"
+
+    def backends(self, folder: Path) -> Path:
+        """Nothing is assembled."""
+        return self.root / "backends"
+
+    def environment(self) -> dict[str, str]:
+        return {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+
+
+CONTAINER = Path("/opt/tritonserver")
+
+
+def find_server() -> "Wheel | Container":
+    """The container's where there is one, else the wheel's. Raises ServerError."""
+    container = Container(CONTAINER)
+    return container if container.binary.is_file() else Wheel.find()
 
 
 def assemble_backend(wheel: Wheel, folder: Path) -> Path:
@@ -127,11 +163,15 @@ class Ports:
         return Ports(*found)
 
 
-def command(wheel: Wheel, backends: Path, repository: Path, address: str, ports: Ports, shm_prefix: str) -> list[str]:
-    """Model control stays off: with it any client could load code of its own into the server."""
+def command(
+    binary: Path, backends: Path, repository: Path, address: str, ports: Ports, shm_prefix: str, config_name: str
+) -> list[str]:
+    """Model control stays off: with it any client could load code of its own into the server. config_name: a model
+    takes configs/<name>.pbtxt where it has that, else config.pbtxt."""
     return [
-        str(wheel.binary),
+        str(binary),
         f"--model-repository={repository}",
+        f"--model-config-name={config_name}",
         f"--backend-directory={backends}",
         f"--http-address={address}",
         f"--grpc-address={address}",

@@ -22,8 +22,9 @@ from engines import Bundle, BundleError
 
 from . import control
 from .ledger import ledger_file
+from .placement import Placement
 from .repository import Settings, build
-from .runtime import Ports, ServerError, Wheel, assemble_backend, command, environment, leashed, shm_files
+from .runtime import Ports, ServerError, command, find_server, leashed, shm_files
 
 EXIT_SECONDS = 15.0  # tritonserver's own bound (--exit-timeout-secs) is 10; it may miss it and exit with 1
 SERVED = 'nv_inference_request_success{model="postprocessing",version="1"}'
@@ -43,6 +44,7 @@ class TritonServer:
         bundle: str | Path,
         *,
         settings: Settings = Settings(),
+        placement: Placement = Placement(),
         ports: Ports = Ports(8000, 8001, 8002),
         address: str = "127.0.0.1",
         build_dir: str | Path = "build",
@@ -50,7 +52,7 @@ class TritonServer:
         drain_timeout: float = 30.0,
         say: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr, flush=True),
     ):
-        self.bundle, self.settings, self.address = Path(bundle), settings, address
+        self.bundle, self.settings, self.placement, self.address = Path(bundle), settings, placement, address
         self.build_dir, self.start_timeout, self.drain_timeout = Path(build_dir).resolve(), start_timeout, drain_timeout
         self._wanted, self._say = ports, say
         self.ports = ports
@@ -90,14 +92,15 @@ class TritonServer:
             Bundle.load(self.bundle, check_hashes=False)  # the hashes are checked by the model that opens the engines
         except BundleError as error:
             raise ServerError(str(error)) from None
-        wheel = Wheel.find()
+        installation = find_server()
         _check_installed()
         self._closing.clear()
         self.ports = self._wanted.resolve(self.address)
-        backends = assemble_backend(wheel, self.build_dir / "runtime")
-        repository = build(self.bundle, self.folder / "repo", self.settings)
-        self._line = command(wheel, backends, repository, self.address, self.ports, self._shm_prefix)
-        self._environment = environment(wheel)
+        backends = installation.backends(self.build_dir / "runtime")
+        repository = build(self.bundle, self.folder / "repo", self.settings, self.placement)
+        where = (installation.binary, backends, repository, self.address, self.ports, self._shm_prefix)
+        self._line = command(*where, self.placement.name)
+        self._environment = installation.environment()
         self._spawn()
         return self
 
@@ -254,6 +257,6 @@ def _reason(log: Path) -> str:
     """Why the server did not start: the sentence of the model that failed, or the last line of the log."""
     text = log.read_text(errors="replace")
     # The log escapes line breaks.
-    found = re.search(r"failed to load '\w+' version \d+: \w+: (?:TritonModelException: )?(.+?)(?:\\n|$)", text, re.M)
+    found = re.search(r"failed to load '\w+' version \d+: [\w ]+: (?:TritonModelException: )?(.+?)(?:\\n|$)", text, re.M)
     lines = [found[1]] if found else [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip().strip('";') if lines else "it left no log"

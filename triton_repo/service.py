@@ -21,6 +21,8 @@ from typing import Protocol
 
 from decoding.request import Request, RequestError, SamplingParams
 
+from .ledger import INSTANCES
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.25
@@ -95,11 +97,26 @@ class Traces(list):
 
 
 class Progress(Protocol):
-    """Rounds of a request that postprocessing has handled (ledger.py)."""
+    """Rounds of a request that postprocessing has handled; the instances of dspark in one server (ledger.py)."""
+
+    instance: int  # this one's number, 0 .. INSTANCES - 1
+    draining: bool
+
+    def begin(self, uid: int) -> None: ...
 
     def read(self, uid: int) -> int: ...
 
-    def write(self, uid: int, rounds: int) -> None: ...
+    def owns(self, uid: int) -> bool: ...
+
+    def stop(self, uid: int) -> None: ...
+
+    def stopped(self, uid: int) -> bool: ...
+
+    def drain(self, on: bool) -> None: ...
+
+    def tell(self, active: int, waiting: int) -> None: ...
+
+    def counts(self) -> tuple[int, int]: ...
 
 
 @dataclass
@@ -134,7 +151,8 @@ class Service:
     make_loop(observer) -> decoding Loop that shows its rounds to `observer` as well; called again after a round failed,
     since the failed loop's state is unknown.
     block_size: G of the draft. progress: for requests that go on to postprocessing (those with settings); they keep at
-    most WINDOW rounds under way. Responses go out in bursts, one for every request that has new tokens; its first and
+    most WINDOW rounds under way; and what is to be known of other instances: `stop`, `drain` and `counts` are then of
+    all of them. Responses go out in bursts, one for every request that has new tokens; its first and
     its last tokens never wait. interval: least seconds between two bursts with up to `cores` requests that are being
     answered; with more it grows in proportion. A response costs four processes 2 to 3 ms of CPU in all, which the rounds
     want too: so never more than 1 / interval of them a second and core.
@@ -160,7 +178,9 @@ class Service:
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._outbox: deque[tuple] = deque()  # from the engine thread to the sender, which sleeps until it is woken
         self._wake = threading.Event()
-        self._uids = itertools.count(secrets.randbits(48) << 8)  # of this process: a restarted engine never repeats one
+        # Of this process: a restarted engine never repeats one. The lowest bits name the instance.
+        instance = 0 if progress is None else progress.instance
+        self._uids = itertools.count(secrets.randbits(48) << 8 | instance, INSTANCES)
         self._lock = threading.Lock()
         self._in_flight: set[int] = set()
         self._waiting, self._draining = 0, False
@@ -182,25 +202,42 @@ class Service:
             raise RequestError("The engine thread has stopped; the model must be loaded again.")
         uid = next(self._uids)
         with self._lock:
-            if self._draining:
+            if self._draining if self._progress is None else self._progress.draining:
                 raise RequestError("The server is draining and takes no new requests.")
             self._in_flight.add(uid)
+            if self._progress is not None:
+                self._progress.begin(uid)
+            self._tell_siblings()
         self._commands.put(("add", uid, prompt_ids, params, sink, settings, time.perf_counter()))
         return uid
 
     def stop(self, uid: int) -> None:
-        """Cancels a request before its next round; an unknown or finished uid is ignored."""
-        self._commands.put(("cancel", uid))
+        """Cancels a request before its next round, another instance's a moment later; an unknown or finished uid is
+        ignored."""
+        if self._progress is None or self._progress.owns(uid):
+            self._commands.put(("cancel", uid))
+        else:
+            self._progress.stop(uid)
 
     def drain(self, on: bool = True) -> None:
         """Refuses new requests from now on (or takes them again)."""
         with self._lock:
-            self._draining = on
+            if self._progress is None:
+                self._draining = on
+            else:
+                self._progress.drain(on)
 
     def counts(self) -> tuple[int, int]:
         """(requests whose last response is not sent yet, those of them that wait for a slot)."""
         with self._lock:
-            return len(self._in_flight), self._waiting
+            if self._progress is None:
+                return len(self._in_flight), self._waiting
+            self._tell_siblings()
+            return self._progress.counts()
+
+    def _tell_siblings(self) -> None:
+        if self._progress is not None:
+            self._progress.tell(len(self._in_flight), self._waiting)
 
     def close(self) -> None:
         """Ends both threads after the round under way; whoever is left is told that the model is being unloaded."""
@@ -306,8 +343,6 @@ class Service:
         if kind == "admitted":
             uid, sink, settings, prompt_tokens, submitted = rest
             tallies[uid] = _Tally(sink, settings, prompt_tokens, submitted, [0] * self._block_size)
-            if self._progress is not None:
-                self._progress.write(uid, 0)
         elif kind == "failed":
             uids, message, *reason = rest
             for uid in uids:
@@ -351,6 +386,8 @@ class Service:
         now = time.monotonic()
         due, sent = now >= self._due, False
         for uid, tally in list(tallies.items()):
+            if self._progress is not None and self._progress.stopped(uid):
+                self._commands.put(("cancel", uid))
             if tally.held_reason is None or self._under_way(uid, tally) >= WINDOW:
                 continue
             if not (due or tally.urgent):
@@ -408,6 +445,7 @@ class Service:
     def _forget(self, uid: int) -> None:
         with self._lock:
             self._in_flight.discard(uid)
+            self._tell_siblings()
 
     def _observe(self, what: str, *news) -> None:
         if self._observer is not None:

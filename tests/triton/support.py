@@ -23,6 +23,7 @@ from export.__main__ import export
 from tests.tiny import make_draft, make_target
 from triton_repo import control
 from triton_repo.metrics import PERIOD_SECONDS
+from triton_repo.placement import Placement
 from triton_repo.repository import Settings
 from triton_repo.runtime import Ports
 from triton_repo.server import TritonServer
@@ -139,11 +140,12 @@ class Shared:
 SHARED = Shared()
 
 
-def tiny_server(bundle: Path, build_dir: Path, **settings) -> TritonServer:
+def tiny_server(bundle: Path, build_dir: Path, placement: Placement = Placement(), **settings) -> TritonServer:
     """Free ports, one thread, four slots, blocks of fixed length (a seed then fixes a rejection request's text)."""
     said: list[str] = []
     settings = Settings(**{"threads": 1, "max_requests": SLOTS, "schedule": "fixed", "response_ms": 0, **settings})
-    server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), build_dir=build_dir, say=said.append)
+    where = dict(placement=placement, ports=Ports(0, 0, 0), build_dir=build_dir)
+    server = TritonServer(bundle, settings=settings, **where, say=said.append)
     server.said = said
     return server
 

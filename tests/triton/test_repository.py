@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from client.client import PARAMETERS
 from decoding.request import SamplingParams
 from triton_repo.description import CHAIN, ENGINE, POSTPROCESSING, PREPROCESSING, SAMPLING, USER_INPUTS, Tensor, wire
+from triton_repo.placement import Placement, device_of
 from triton_repo.repository import Settings, build, bundle_folder, model_config, render
 
 
@@ -136,3 +137,38 @@ def test_every_field_of_a_request_is_a_tensor_and_the_client_knows_it():
     named = {t.name: t.dtype.replace("STRING", "BYTES") for t in USER_INPUTS}
     own = ("text_input", "messages", "input_ids", "stream")
     assert {name: kind for name, (kind, _) in PARAMETERS.items()} == {n: k for n, k in named.items() if n not in own}
+
+
+def test_placements_by_name(folder):
+    """configs/NAME.pbtxt for tritonserver --model-config-name: the same model, placed otherwise."""
+    repository = build(folder / "bundle", folder / "repo", placement=Placement.of("cuda:0,2"))
+    dspark = repository / "dspark"
+    read = lambda path: text_format.Parse(path.read_text(), pb.ModelConfig())
+    cpu, gpu = (read(dspark / "configs" / f"{name}.pbtxt") for name in ("cpu", "gpu"))
+    assert read(dspark / "config.pbtxt") == gpu
+    groups = [(g.count, g.kind, list(g.gpus)) for c in (cpu, gpu) for g in c.instance_group]
+    assert groups == [(1, pb.ModelInstanceGroup.KIND_CPU, []), (1, pb.ModelInstanceGroup.KIND_GPU, [0, 2])]
+    for c in (cpu, gpu):
+        del c.instance_group[:]
+    assert cpu == gpu
+    assert not (repository / "postprocessing" / "configs").exists()
+    assert read(build(folder / "bundle", folder / "repo") / "dspark" / "config.pbtxt").instance_group[0].gpus == []
+
+
+@pytest.mark.parametrize(
+    "device, placement",
+    [("cpu", Placement()), ("cuda", Placement((0,))), ("cuda:3", Placement((3,))), ("cuda:1,0", Placement((1, 0)))],
+)
+def test_devices(device, placement):
+    assert Placement.of(device) == placement
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cuda:0,0", "cuda:0,", "CPU"])
+def test_what_is_no_device(device):
+    with pytest.raises(ValueError, match=f"^device is '{device}'; it must be cpu, cuda, or cuda: with different GPU numbers"):
+        Placement.of(device)
+
+
+def test_an_instance_learns_its_device():
+    assert device_of({"model_instance_kind": "GPU", "model_instance_device_id": "2"}) == "cuda:2"
+    assert device_of({"model_instance_kind": "CPU", "model_instance_device_id": "0"}) is None

@@ -11,6 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from decoding.request import RequestError
 from triton_repo.engine import open_service
+from triton_repo.placement import device_of
 from triton_repo.repository import Settings, bundle_folder
 from triton_repo.tensors import engine_request, pack_round, read, sentence, write
 
@@ -40,7 +41,7 @@ class TritonPythonModel:
         settings = Settings.from_parameters(values)
         say = lambda text: pb_utils.Logger.log_info(f"dspark: {text}")
         try:
-            self.service = open_service(bundle, settings, pb_utils, os.getppid(), say)
+            self.service = open_service(bundle, settings, pb_utils, os.getppid(), say, device_of(args))
         except ValueError as error:  # BundleError, ScheduleError: one sentence, no stack trace
             raise pb_utils.TritonModelException(sentence(error)) from None
 
