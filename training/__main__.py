@@ -1,4 +1,4 @@
-"""`python -m training COMMAND`: fetch the demo's target, generate data, train and evaluate heads.
+"""`python -m training COMMAND`: fetch the demo's target, generate data, train, evaluate, convert and check heads.
 
 Knows: the commands and their options. Refuses to know: how any of them works (each imports what it needs when it runs).
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from training.format_commands import check, convert
 
 app = typer.Typer(
     help="Targets, data, heads.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -66,6 +68,54 @@ def generate(
 
 
 @app.command()
+def data(
+    target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
+    out: Annotated[Path, typer.Option(help="folder of the data; a later run goes on with it")],
+    source: Annotated[list[str], typer.Option(help="JSONL file, folder of chat logs or hf:NAME[:SPLIT]; repeatable")],
+    exclude: Annotated[list[str], typer.Option(help="benchmark prompts, as a source; repeatable")] = [],
+    answers: Annotated[str, typer.Option(help="torch, engines, server or logs (the answers that are there)")] = "torch",
+    bundle: Annotated[Path | None, typer.Option(help="for engines: the target's bundle")] = None,
+    url: Annotated[str | None, typer.Option(help="for server: an OpenAI-compatible address, up to /v1")] = None,
+    model: Annotated[str | None, typer.Option(help="for server: the model's name there")] = None,
+    api: Annotated[str, typer.Option(help="for server: chat (its template) or completions (token ids)")] = "chat",
+    concurrency: Annotated[int, typer.Option(help="for server: requests at once")] = 8,
+    count: Annotated[int, typer.Option(help="prompts at most; 0 is all")] = 0,
+    seed: int = 1,
+    temperature: Annotated[str, typer.Option(help="a number, recommended (generation_config.json) or mixed")] = (
+        "recommended"
+    ),
+    top_p: Annotated[float | None, typer.Option(help="default: recommended")] = None,
+    top_k: Annotated[int | None, typer.Option(help="default: recommended; 0 is off")] = None,
+    thinking: Annotated[bool | None, typer.Option(help="enable_thinking of the target's template")] = None,
+    max_new: Annotated[int, typer.Option(help="answer tokens at most")] = 320,
+    max_prompt: Annotated[int, typer.Option(help="prompts with more tokens are left out")] = 448,
+    threads: Annotated[int, typer.Option(help="for torch: CPU threads; 0 leaves it to PyTorch")] = 0,
+) -> None:
+    """Prompts from anywhere, cleared of benchmarks, answered by the target (a server's key: OPENAI_API_KEY)."""
+    import os
+
+    import torch
+
+    from training.answers import Server
+    from training.collect import Collection, collect
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        key = os.environ.get("OPENAI_API_KEY")
+        server = Server(url, model, api, key, concurrency) if url and model else None
+        plan = Collection(
+            target, out, tuple(source), tuple(exclude), count, seed, answers, bundle, server, temperature, top_p, top_k,
+            thinking, max_new, max_prompt,
+        )  # fmt: skip
+        counts = collect(plan)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+@app.command()
 def train(
     target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
     data: Annotated[Path, typer.Option(help="folder that `generate` wrote")],
@@ -82,6 +132,7 @@ def train(
     draft_vocab: Annotated[int, typer.Option(help="most frequent answer tokens kept; 0 keeps all")] = 8192,
     lr: float = 1e-3,
     tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
+    batches_per_step: Annotated[int, typer.Option(help="averaged in a step; torchrun's processes share them")] = 2,
     anchor_share: Annotated[float, typer.Option(help="share of answer positions that start a block")] = 0.5,
     max_length: Annotated[int, typer.Option(help="longer sequences are cut")] = 1024,
     hot_share: Annotated[float, typer.Option(help="share used of the sequences sampled at temperature 1")] = 1.0,
@@ -93,7 +144,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from OUT/state.pt")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch")] = 0,
 ) -> None:
-    """Trains a draft head on generated sequences."""
+    """Trains a draft head on generated sequences. `torchrun --nproc-per-node N -m training train ...` shares each step's
+    batches among N processes (gloo, CPU)."""
     import torch
 
     from training.generate import load_sequences
@@ -108,8 +160,8 @@ def train(
         shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids)
         settings = TrainSettings(
             seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch,
-            anchor_share=anchor_share, max_length=max_length, bf16=not fp32, feature_cache_gb=feature_cache_gb,
-            save_minutes=save_minutes, evaluate_steps=evaluate_steps,
+            batches_per_step=batches_per_step, anchor_share=anchor_share, max_length=max_length, bf16=not fp32,
+            feature_cache_gb=feature_cache_gb, save_minutes=save_minutes, evaluate_steps=evaluate_steps,
         )  # fmt: skip
         train(target, lambda: load_sequences(data, hot_share), out, shape, settings, init=init, resume=resume)
     except (ValueError, OSError) as error:
@@ -209,6 +261,10 @@ def calibrate(
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
     print(table(result))
+
+
+app.command()(convert)
+app.command()(check)
 
 
 if __name__ == "__main__":

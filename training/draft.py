@@ -8,7 +8,8 @@ vocabulary, V_d draft vocabulary (V, or a trimmed subset), r Markov rank, L cont
 
 Slot layout (the top bug of every peer): the block is [anchor, mask x (G-1)] at positions p .. p+G-1, p the anchor's
 position; slot k (from 0) predicts the token at p+k+1; context features of positions < p are injected as keys and
-values.
+values. With sample_from_anchor false (DFlash's first checkpoints) the block is [anchor, mask x G] at p .. p+G, each
+mask predicts the token at its own position, and what comes out of the anchor's slot is not used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """A draft module for one target. `decoder.num_hidden_layers` is the drafter's depth."""
+    """A draft module for one target. `decoder.num_hidden_layers` is the drafter's depth; block_size is G, the tokens
+    drafted at once, whether or not the anchor's slot drafts one of them."""
 
     decoder: DecoderConfig
     block_size: int
@@ -40,6 +42,7 @@ class DraftConfig:
     confidence_head_with_markov: bool = False
     draft_vocab_size: int | None = None
     num_anchors: int = 512
+    sample_from_anchor: bool = True
 
     def __post_init__(self) -> None:
         check_layer_ids(self.target_layer_ids, self.num_target_layers)
@@ -57,6 +60,10 @@ class DraftConfig:
             raise ValueError(f"mask_token_id is {self.mask_token_id}; it must lie in 0..{self.decoder.vocab_size - 1}.")
         if self.confidence_head_with_markov and self.enable_confidence_head and not self.markov_rank:
             raise ValueError("confidence_head_with_markov is true but markov_rank is 0; there is no Markov embedding.")
+        if self.markov_rank and self.markov_head_type == "rnn" and not self.sample_from_anchor:
+            raise ValueError(
+                "markov_head_type is 'rnn' and sample_from_anchor is false; such a head must draft from its anchor."
+            )
         if not 1 <= self.vocab_out <= self.decoder.vocab_size:
             raise ValueError(
                 f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.decoder.vocab_size}."
@@ -66,6 +73,11 @@ class DraftConfig:
     def vocab_out(self) -> int:
         """V_d."""
         return self.draft_vocab_size or self.decoder.vocab_size
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of the block: G, and one more where the anchor's own slot drafts nothing."""
+        return self.block_size + (0 if self.sample_from_anchor else 1)
 
 
 class MarkovHead(nn.Module):
@@ -170,23 +182,24 @@ class DraftModel(nn.Module):
         return self._rope
 
     def block_ids(self, anchors: Tensor) -> Tensor:
-        """anchors [...] -> [..., G]: the anchor, then mask tokens."""
-        ids = anchors.new_full((*anchors.shape, self.config.block_size), self.config.mask_token_id)
+        """anchors [...] -> [..., block_slots]: the anchor, then mask tokens."""
+        ids = anchors.new_full((*anchors.shape, self.config.block_slots), self.config.mask_token_id)
         ids[..., 0] = anchors
         return ids
 
     def backbone(
-        self, features: Tensor, anchors: Tensor, anchor_positions: Tensor, keep: Tensor | None = None
+        self, features: Tensor, anchors: Tensor, anchor_positions: Tensor, keep: Tensor | None = None, offset: int = 0
     ) -> Tensor:
         """All blocks of a batch in one pass (paper section 3.1; training, and the reference for the engine).
 
         features [B, S, L*d] of positions 0..S-1 (a block sees those before its anchor), anchors [B, A] ids,
-        anchor_positions [B, A] (<= S), keep [B, A] bool or None. Returns the normed hidden states [B, A, G, d].
+        anchor_positions [B, A] (<= S), keep [B, A] bool or None. offset: how far the block lies from where it belongs
+        (not 0 only in repairs.py's trials). Returns the normed hidden states [B, A, G, d].
         """
         B, S, _ = features.shape
-        A, G = anchors.shape[1], self.config.block_size
+        A, slots = anchors.shape[1], self.config.block_slots
         context = self.hidden_norm(self.fc(features))
-        positions = anchor_positions[..., None] + torch.arange(G)
+        positions = (anchor_positions[..., None] + torch.arange(slots) + offset).clamp_min(0)
         cos, sin = self.rope_tables(max(S, int(positions.max()) + 1))
         cos_c, sin_c = cos[:S, None], sin[:S, None]
         cos_b, sin_b = cos[positions].flatten(1, 2)[:, :, None], sin[positions].flatten(1, 2)[:, :, None]
@@ -194,16 +207,16 @@ class DraftModel(nn.Module):
         if keep is not None:
             sees = sees & keep[..., None]
         bias = torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))  # [B, A, S]
-        x = self.embed_tokens(self.block_ids(anchors)).flatten(1, 2)  # [B, A*G, d]
+        x = self.embed_tokens(self.block_ids(anchors)).flatten(1, 2)  # [B, A*slots, d]
         for layer in self.layers:
             h, attn = layer.input_layernorm(x), layer.self_attn
             q = rotate(attn.queries(h), cos_b, sin_b)
             k_block, v_block = rotate(attn.keys(h), cos_b, sin_b), attn.values(h)
             k_context, v_context = rotate(attn.keys(context), cos_c, sin_c), attn.values(context)
-            o = block_attention(q, k_context, v_context, k_block, v_block, bias, G)
+            o = block_attention(q, k_context, v_context, k_block, v_block, bias, slots)
             x = x + attn.o_proj(o)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.norm(x).unflatten(1, (A, G))
+        return self.norm(x).unflatten(1, (A, slots))[:, :, slots - self.config.block_size :]
 
     def corrected_logits(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor | None]:
         """Teacher-forced: hidden [..., G, d], previous [..., G] (token before each slot) ->

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -175,15 +176,17 @@ def acceptance(generations: Iterable[Generation], block_size: int) -> Acceptance
 
 def prompt_ids(path: Path, target_folder: Path, limit: int) -> list[list[int]]:
     """Token ids of a JSONL file's prompts (turns, prompt, messages: by the chat template; input_ids: as they are)."""
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    lines = lines[:limit] if limit else lines
-    if lines and all("input_ids" in line for line in lines):
-        return [list(line["input_ids"]) for line in lines]
-    from training.generate import ChatTokens
-    from training.prompts import read_prompts
+    from training.jsonl import records
+    from training.prompts import parse_prompt
+    from training.sampling import ChatTokens
 
+    is_ids = lambda x: isinstance(x, dict) and isinstance(x.get("input_ids"), list)
+    lines = records(path, lambda x: x if is_ids(x) else parse_prompt(x), "no usable prompt.")
+    lines = list(islice(lines, limit or None))
+    if all(map(is_ids, lines)):
+        return [list(line["input_ids"]) for line in lines]
     chat = ChatTokens(Path(target_folder))
-    return [chat.question(p.text) for p, _ in zip(read_prompts(path), lines)]
+    return [list(line["input_ids"]) if is_ids(line) else chat.question(line.text) for line in lines]
 
 
 def evaluate(

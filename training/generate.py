@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from training.checkpoint import checkpoint_hash
@@ -50,10 +50,20 @@ def load_sequences(folder: str | Path, hot_share: float = 1.0) -> list[Sequence]
     return [sequence for file in files for sequence in _read_shard(file, hot_share)]
 
 
+def read_shard(file: Path, *names: str) -> list[np.ndarray]:
+    """The named tensors of a shard. Raises ValueError, one sentence, for one that is cut off or holds others."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            return [handle.get_tensor(name) for name in names]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is corrupt ({error}); remove it and run the command again, which answers its prompts anew."
+        ) from None
+
+
 def _read_shard(file: Path, hot_share: float) -> Iterator[Sequence]:
     names = ("tokens", "offsets", "prompt_lengths", "kind", "index", "temperature")
-    with safe_open(file, framework="numpy") as handle:
-        tokens, offsets, lengths, kind, index, temperature = map(handle.get_tensor, names)
+    tokens, offsets, lengths, kind, index, temperature = read_shard(file, *names)
     for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         if temperature[i] < 1.0 or index[i] * 0.6180339887 % 1.0 < hot_share:
             yield Sequence(tokens[start:end], int(lengths[i]), KINDS[kind[i]])
@@ -70,8 +80,7 @@ class ShardWriter:
         self.done: set[int] = set()
         self.number = 0
         for file in sorted(folder.glob(f"shard-{part:02d}-*.safetensors")):
-            with safe_open(file, framework="numpy") as handle:
-                self.done.update(handle.get_tensor("index").tolist())
+            self.done.update(read_shard(file, "index")[0].tolist())
             self.number = int(file.stem.rsplit("-", 1)[1]) + 1
 
     def add(self, job: Job, answer: np.ndarray, kind: str) -> None:
@@ -120,7 +129,7 @@ def generate(
         prompt_file=prompt_file.name if prompt_file else None, target_sha256=checkpoint_hash(target),
         temperatures={"0": 0.4, "0.7": 0.2, "1.0": 0.4}, dtype=dtype,
     )
-    _check_settings(out, settings)
+    check_settings(out, settings)
     chat = ChatTokens(target)
     model = TargetModel.from_pretrained(target, dtype=getattr(torch, dtype))
     sampler = BatchSampler(model, chat.eos, seed, slots=slots, capacity=max_prompt + max_new, max_new=max_new)
@@ -184,7 +193,7 @@ def progress(results: Iterator, total: int, what: str) -> Iterator:
             yield job, answer
 
 
-def _check_settings(out: Path, settings: dict) -> None:
+def check_settings(out: Path, settings: dict) -> None:
     file = out / "meta.json"
     if file.exists():
         before = json.loads(file.read_text())

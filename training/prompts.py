@@ -13,13 +13,14 @@ A template is one line of text in which
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+
+from training.jsonl import records
 
 KINDS = ("maths", "code", "chat")
 SHARES = {"maths": 0.55, "code": 0.20, "chat": 0.25}
@@ -36,7 +37,6 @@ CONTEST_SUFFIX = (
     "### Answer: (use the provided format with backticks)"
 )
 TEMPLATES = Path(__file__).with_name("prompt_templates.txt")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -203,29 +203,13 @@ def write_prompts(path: Path, items: Iterable[Prompt]) -> None:
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
     """The first user turn of each JSONL line with `turns`, `prompt` or `messages`; `kind` where given, else "chat".
 
-    A bad line is left out with one warning that names the file and the line; a last warning counts them.
-    Raises FileNotFoundError without the file, ValueError when no line is usable.
+    Bad lines and errors: jsonl.records.
     """
-    good = bad = 0
-    with open(path, encoding="utf-8", errors="replace") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                prompt = _parse(json.loads(line))
-            except ValueError as error:
-                bad += 1
-                log.warning("%s:%d left out: %s.", path, number, error)
-                continue
-            good += 1
-            yield prompt
-    if bad:
-        log.warning("%s: %d of %d lines left out.", path, bad, good + bad)
-    if not good:
-        raise ValueError(f"{path} holds no usable prompt; lines need `turns`, `prompt` or `messages`.")
+    return records(path, parse_prompt, "no usable prompt; lines need `turns`, `prompt` or `messages`.")
 
 
-def _parse(record: object) -> Prompt:
+def parse_prompt(record: object) -> Prompt:
+    """Of one JSONL record. Raises ValueError in a few words."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if isinstance(record.get("prompt"), str):

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.decoder_config import DecoderConfig
-from training.weights import load_exactly, read_safetensors
+from training.weights import StoredTensor, load_exactly, stored_tensors
+
+TIED = "lm_head.weight"  # the tensor that a tied target lacks
 
 
 class RMSNorm(nn.Module):
@@ -211,14 +213,24 @@ class TargetModel(nn.Module):
         config = DecoderConfig.from_hf(json.loads((folder / "config.json").read_text()))
         with torch.device("meta"):
             model = cls(config, layer_ids)
-        state = {name.removeprefix("model."): t.to(dtype) for name, t in read_safetensors(folder).items()}
-        if config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-            state["lm_head.weight"] = state["embed_tokens.weight"]
-        load_exactly(model, state, str(folder))
+        stored = target_tensors(folder, config)
+        loaded = {t: t.load().to(dtype) for t in set(stored.values())}  # what is tied once
+        load_exactly(model, {name: loaded[t] for name, t in stored.items()}, str(folder))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval().requires_grad_(False)
+
+
+def target_tensors(folder: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors, unread, under TargetModel's names; a tied lm_head is the embedding.
+
+    Raises FileNotFoundError when there is no *.safetensors file."""
+    state = {name.removeprefix("model."): t for name, t in stored_tensors(folder).items()}
+    if config.tie_word_embeddings:
+        state.pop(TIED, None)
+        if "embed_tokens.weight" in state:  # where it is missing, check_fit says so
+            state[TIED] = state["embed_tokens.weight"]
+    return state
 
 
 def check_layer_ids(layer_ids: tuple[int, ...], num_layers: int) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import make_draft, make_target
-from training.checkpoint import checkpoint_hash, config_from_json, config_to_json, load_draft, save_draft
+from training.checkpoint import checkpoint_hash, load_draft, save_draft
+from training.formats.deepspec import config_from_json, config_to_json
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 KINDS = {

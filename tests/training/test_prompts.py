@@ -91,9 +91,9 @@ def test_read_prompts_takes_three_forms_and_names_bad_lines(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read = list(read_prompts(file))
     assert read == [Prompt("a first turn", "chat"), Prompt("zwei", "maths"), Prompt("three", "chat")]
-    for line in (2, 6, 7, 8, 9):
+    for line in (2, 5, 6, 7, 8, 9):
         assert f"{file}:{line} left out" in caplog.text
-    assert f"{file}: 5 of 8 lines left out." in caplog.text
+    assert f"{file}: 6 of 9 lines left out." in caplog.text
 
 
 def test_read_prompts_without_a_usable_line(tmp_path):
