@@ -102,7 +102,7 @@ USER_OUTPUTS = (
 # Between our own models a request and a round are one tensor each: every tensor costs an allocation in each process it
 # passes, 16 streams of a fast model give a thousand rounds a second. `params`: SamplingParams, JSON. `settings`: what
 # only postprocessing reads (stream, stop_words; JSON); it travels through dspark because an ensemble pairs a decoupled
-# model's response k with response k of every other step, and preprocessing has just one. `round`: service.Round, JSON.
+# model's response k with response k of every other step, and preprocessing has just one. `round`: responses.Round, JSON.
 PARAMS = Tensor("params", "STRING")
 SETTINGS = Tensor("settings", "STRING")
 ROUND = Tensor("round", "UINT8", (-1,))

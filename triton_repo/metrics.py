@@ -52,7 +52,7 @@ class Metrics:
     # Called by the sender thread.
 
     def step(self, step) -> None:
-        """One step of the loop (service.Step)."""
+        """One step of the loop (responses.Step)."""
         with self._lock:
             self._sums["dspark_rounds_total", ""] += 1
             self._samples.append(("dspark_round_seconds", step.seconds))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .service import Round
+from .responses import Round
 from .tensors import one
 from .text import TextStream, load_vocabulary
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 import numpy as np
 from decoding.request import RequestError, SamplingParams
 
-from .service import Round
+from .responses import Round
 
 DEFAULT_MAX_TOKENS = 256
 FIELDS = {field.name for field in fields(SamplingParams)}

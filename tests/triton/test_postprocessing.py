@@ -9,7 +9,7 @@ import pytest
 
 from tests.triton.support import END
 from triton_repo.postprocessing import Postprocessor
-from triton_repo.service import Round
+from triton_repo.responses import Round
 from triton_repo.tensors import pack_round, unpack_round
 
 

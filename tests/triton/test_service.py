@@ -11,7 +11,8 @@ from decoding.request import RequestError, SamplingParams
 from decoding.schedule import make
 from tests.triton.support import wait_until
 from triton_repo.ledger import Ledger
-from triton_repo.service import WINDOW, Service
+from triton_repo.sender import WINDOW
+from triton_repo.service import Service
 
 IDS = (5, 6, 7)
 
@@ -129,13 +130,13 @@ def test_the_requests_of_a_burst_get_their_tokens_together(service, spies):
     "requests, cores, seconds", [(0, 2, 0.05), (2, 2, 0.05), (8, 2, 0.2), (16, 2, 0.4), (16, 16, 0.05)]
 )
 def test_the_interval_grows_with_the_requests_a_core(service, requests, cores, seconds):
-    assert service(interval=0.05, cores=cores)._pace(requests) == pytest.approx(seconds)
+    assert service(interval=0.05, cores=cores)._sender.pace(requests) == pytest.approx(seconds)
 
 
 def test_the_sender_sleeps_through_rounds_that_nobody_waits_for(service):
     each, sink, looks = service(interval=1000.0), Sink(), []
-    news = each._news
-    each._news = lambda wait: looks.append(wait) or news(wait)
+    news = each._sender._news
+    each._sender._news = lambda wait: looks.append(wait) or news(wait)
     each.submit(IDS, params(400, speculative=False), sink)
     assert sink.over.wait(60) and len(sink.ids) == 400
     assert len(looks) < 100  # 400 rounds; it also looks every LONG_WAIT seconds
