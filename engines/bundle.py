@@ -20,7 +20,8 @@ __all__ = [
     "ENGINE_NAMES", "FORMAT_VERSION", "Bundle", "BundleError", "DraftSpec", "EngineSpec", "TargetSpec", "TensorSpec",
     "check_calibration", "contract", "update_manifest",
 ]  # fmt: skip
-DTYPES = {"onnxruntime": ("fp32", "int8"), "tensorrt": ("fp16", "bf16"), "tensorrt-rtx": ("fp16", "bf16")}  # by backend
+TENSORRT_DTYPES = ("fp16", "bf16", "int8")  # int8: weights alone, products in float16
+DTYPES = {"onnxruntime": ("fp32", "int8"), "tensorrt": TENSORRT_DTYPES, "tensorrt-rtx": TENSORRT_DTYPES}  # by backend
 _RECALIBRATE = "calibrate the bundle again (make calibrate)"
 
 

@@ -42,6 +42,11 @@ class Api:
         """Whether a timing cache has any effect."""
         return self.backend == "tensorrt"
 
+    @property
+    def records(self) -> bool:
+        """Whether launches are for us to record as CUDA graphs; TensorRT-RTX does it by itself (new_context)."""
+        return self.backend == "tensorrt"
+
     def capabilities(self) -> tuple[str, ...]:
         """The GPUs that it can be told to compile for, as "8.9"; empty where it takes this machine's."""
         if not self.crosses:
@@ -99,6 +104,18 @@ def chosen_capabilities(api: Api, wanted: list[str]) -> list[str]:
             f"leave --compute-capability out or use --backend tensorrt-rtx."
         )
     return [here]
+
+
+def new_context(api: Api, engine):
+    """An execution context whose working memory is ours to give; None where the library refuses."""
+    trt = api.trt
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if not api.crosses:
+        return engine.create_execution_context(strategy)
+    settings = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(strategy)
+    settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    return engine.create_execution_context(settings)
 
 
 def aim(api: Api, config, capability: str) -> None:

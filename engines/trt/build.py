@@ -20,6 +20,7 @@ from ..specs import TensorSpec
 from .api import Api, BuildError, aim
 from .log import BuildLog, Kernel, logger_for, unfused
 from .memory import PeakMemory
+from .planfile import PlanFile
 from .profiles import Profile, size
 
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
@@ -28,7 +29,8 @@ DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "I
 @dataclass(frozen=True)
 class Job:
     """One graph to compile. inputs: as the manifest declares them; capability: "8.9"; workspace: bytes that a kernel
-    may take beside its operands; timings: what TensorRT measured before on this GPU, may be empty."""
+    may take beside its operands; plan: the file to write; timings: what TensorRT measured before on this GPU, may be
+    empty."""
 
     name: str
     onnx: Path
@@ -36,16 +38,18 @@ class Job:
     profiles: tuple[Profile, ...]
     capability: str
     workspace: int
+    plan: Path
     timings: bytes = b""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """data: the serialized engine. attentions: ONNX names; unfused: those without a fused kernel in every profile.
+    """size, sha256: of the file that was written (Job.plan). attentions: ONNX names; unfused: those without a fused kernel in every profile.
     peak: bytes of memory that the build took on top of what was there. memory: activation and weight bytes as the
     builder states them."""
 
-    data: bytes
+    size: int
+    sha256: str
     kernels: tuple[Kernel, ...]
     attentions: tuple[str, ...]
     unfused: tuple[str, ...]
@@ -56,15 +60,16 @@ class Plan:
 
 
 def compile_graph(api: Api, job: Job, progress: Callable[[float], None] = lambda share: None) -> Plan:
-    """The plan of a job. Attention is compiled fused; where the builder has no such kernel, decomposed (Plan.unfused).
+    """Writes the plan of a job, whole or not at all. Attention is compiled fused; where the builder has no such kernel,
+    decomposed (Plan.unfused).
 
     Raises BuildError, one sentence with the builder's words; KeyboardInterrupt when the user ended it."""
     with no_collection():
         try:
             plan = _attempt(api, job, progress, decompose=False)
             return plan or _attempt(api, job, progress, decompose=True)
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the builder and would outlive this call
+        except BaseException as ended:
+            traceback.clear_frames(ended.__traceback__)  # they hold the builder and would outlive this call
             raise
 
 
@@ -72,7 +77,7 @@ def _attempt(api: Api, job: Job, progress: Callable[[float], None], *, decompose
     """None: a fused attention was asked for and the builder has no kernel for it."""
     trt, log = api.trt, BuildLog()
     started = time.monotonic()
-    with PeakMemory() as memory, interrupts() as interrupted:
+    with PlanFile(job.plan) as file, PeakMemory() as memory, interrupts() as interrupted:
         logger = logger_for(trt, log)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -95,10 +100,14 @@ def _attempt(api: Api, job: Job, progress: Callable[[float], None], *, decompose
         if api.keeps_timings:
             cache = config.create_timing_cache(job.timings)
             config.set_timing_cache(cache, False)
-        data = builder.build_serialized_network(network, config)
+        done = builder.build_serialized_network_to_stream(network, config, writer_for(trt, file))
+        if done and not interrupted.is_set() and file.error is None:
+            file.keep()
     if interrupted.is_set():
         raise KeyboardInterrupt
-    if data is None:
+    if file.error is not None:
+        raise BuildError(f"{job.name}: its plan cannot be written to {job.plan.parent}: {file.error.strerror}.")
+    if not done:
         if attentions and not decompose and log.no_attention_kernel():
             return None
         raise BuildError(
@@ -106,7 +115,8 @@ def _attempt(api: Api, job: Job, progress: Callable[[float], None], *, decompose
         )
     names = tuple(attention.name for attention in attentions)
     return Plan(
-        data=bytes(data),
+        size=file.size,
+        sha256=file.sha256,
         kernels=tuple(log.kernels),
         attentions=names,
         unfused=unfused(log.kernels, names, len(job.profiles)) if decompose else (),  # else it would not have built
@@ -211,6 +221,19 @@ def monitor_for(trt, interrupted: threading.Event, progress: Callable[[float], N
                 progress(1.0)
 
     return Monitor()
+
+
+def writer_for(trt, file: PlanFile):
+    """An IStreamWriter into `file`."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self):
+            super().__init__()
+
+        def write(self, data):
+            return file.write(data)
+
+    return Writer()
 
 
 @contextmanager

@@ -93,12 +93,11 @@ class Compiler:
                 _link(previous / name, folder / name)
             return Built(graph.name, capability, entry, tuple(entry["attention"]["unfused"]), reused=True)
         timings = self.timings.read_bytes() if self.timings and self.timings.is_file() else b""
-        job = Job(graph.name, graph.path, graph.inputs, profiles, capability, self.workspace, timings)
+        job = Job(graph.name, graph.path, graph.inputs, profiles, capability, self.workspace, folder / target, timings)
         plan = compile_graph(self.api, job, progress)
         if self.timings and plan.timings:
             self.timings.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.timings, plan.timings)
-        write_whole(folder / target, plan.data)
         write_whole(folder / target.with_suffix(".json"), summary(plan))
         return Built(graph.name, capability, entry_of(plan, target, key), plan.unfused, reused=False)
 
@@ -127,8 +126,8 @@ def entry_of(plan: Plan, path: Path, key: str) -> dict:
         "path": str(path),
         "summary": str(path.with_suffix(".json")),
         "key": key,
-        "sha256": hashlib.sha256(plan.data).hexdigest(),
-        "bytes": len(plan.data),
+        "sha256": plan.sha256,
+        "bytes": plan.size,
         "kernels": len(plan.kernels),
         "attention": {"nodes": len(plan.attentions), "unfused": list(plan.unfused)},
         "seconds": round(plan.seconds, 2),
@@ -181,11 +180,27 @@ def check_plan(bundle: Bundle, engine: str, *, backend: str, version: str, capab
     return file
 
 
-def check_bundle(bundle: Bundle) -> dict[str, Path]:
-    """{engine: its plan} for this machine. Raises BundleError (load_api, check_plan)."""
-    api, capability = load_api(bundle.backend), gpu_capability()
+def check_bundle(bundle: Bundle, device: int = 0) -> tuple[Api, dict[str, Path]]:
+    """(the builder's package, {engine: its plan}) for GPU `device` of this machine. Raises BundleError (load_api,
+    check_plan)."""
+    api, capability = load_api(bundle.backend), gpu_capability(device)
     check = lambda name: check_plan(bundle, name, backend=api.backend, version=api.version, capability=capability)
-    return {name: check(name) for name in bundle.engines}
+    return api, {name: check(name) for name in bundle.engines}
+
+
+def compiled_for(bundle: Bundle) -> tuple[Limits, dict[str, tuple[Profile, ...]]]:
+    """(limits, {engine: its profiles in the order of their indices}) as the manifest has them. Raises BundleError."""
+    made = bundle.tensorrt or {}
+    try:
+        ranges = lambda raw: {name: tuple(int(n) for n in each) for name, each in raw.items()}
+        profile = lambda p: Profile(p["name"], ranges(p["sizes"]), ranges(p["values"]))
+        profiles = {name: tuple(map(profile, made["profiles"][name])) for name in bundle.engines}
+        return Limits(**made["limits"]), profiles
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"{bundle.folder}: manifest.json: tensorrt.limits or tensorrt.profiles is not as the export writes it "
+            f"({error!r}); run python -m export --backend {bundle.backend}."
+        ) from None
 
 
 def _kept(previous: Path, engine: str, capability: str, key: str) -> dict | None:

@@ -39,7 +39,7 @@ def specs(graph: Graph) -> tuple[TensorSpec, ...]:
 def job(folder: Path, graph: Graph, *, capability: str = "8.9", profiles=None, inputs=None) -> Job:
     profiles = PROFILES[graph.name] if profiles is None else profiles
     onnx = folder / graph.name / "model.onnx"
-    return Job(graph.name, onnx, specs(graph) if inputs is None else inputs, profiles, capability, WORKSPACE)
+    return Job(graph.name, onnx, specs(graph) if inputs is None else inputs, profiles, capability, WORKSPACE, onnx.with_name("model.plan"))
 
 
 def graph_file(folder: Path, graph: Graph) -> GraphFile:

@@ -41,6 +41,10 @@ OBJECTS = {  # what a variable of this name holds, in the files of engines/trt t
     "cache": ("ITimingCache",),
     "error": ("ParserError",),
     "severity": ("ILogger_Severity",),
+    "runtime": ("Runtime",),
+    "engine": ("ICudaEngine",),
+    "context": ("IExecutionContext",),
+    "settings": ("IRuntimeConfig",),
 }
 PYTHON = {"__init__", "__class__", "__members__", "__version__", "name", "value"}  # what every class or enum has
 
@@ -119,12 +123,32 @@ def uses(source: str) -> list[Use]:
         if not isinstance(node, ast.Attribute):
             continue
         value = node.value
-        if isinstance(value, ast.Name) and value.id == "trt":
+        if is_module(value, "trt"):
             add(("",), node)
-        elif isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "trt":
+        elif isinstance(value, ast.Attribute) and is_module(value.value, "trt"):
             add((value.attr,), node)
         elif isinstance(value, ast.Name) and value.id in OBJECTS:
             add(OBJECTS[value.id], node)
+    return found
+
+
+def is_module(node: ast.expr, name: str) -> bool:
+    """`trt`, or `something.trt`."""
+    return (node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)) == name
+
+
+def cudart_uses(source: str) -> list[tuple[str, str, int | None]]:
+    """(name, its member or "", arguments of the call or None where it is not called) of every `cudart.NAME[.MEMBER]`."""
+    tree = ast.parse(source)
+    calls = {id(node.func): len(node.args) + len(node.keywords) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        if is_module(node.value, "cudart"):
+            found.append((node.attr, "", calls.get(id(node))))
+        elif isinstance(node.value, ast.Attribute) and is_module(node.value.value, "cudart"):
+            found.append((node.value.attr, node.attr, None))
     return found
 
 

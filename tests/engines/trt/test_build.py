@@ -11,6 +11,7 @@ import pytest
 from engines.specs import TensorSpec
 from engines.trt.api import BuildError, load_api
 from engines.trt.build import compile_graph
+from engines.trt.planfile import PlanFile
 from engines.trt.profiles import Profile
 from export.graph import Graph
 from tests.engines.trt.graphs import job, tiny_graphs
@@ -114,7 +115,7 @@ def test_attention_without_a_kernel_is_decomposed_and_named(tmp_path, api):
     """head_dim 8 has no fused kernel."""
     graph = tiny_graphs(tmp_path, "fp16", head_dim=8, depth=1, layer_ids=(0,))["backbone"]
     plan = compile_graph(api, job(tmp_path, graph))
-    assert len(plan.attentions) == 1 and plan.unfused == plan.attentions and plan.data
+    assert len(plan.attentions) == 1 and plan.unfused == plan.attentions and plan.size
 
 
 def test_an_input_that_sizes_others_must_be_in_the_profile(tmp_path, api):
@@ -125,7 +126,7 @@ def test_an_input_that_sizes_others_must_be_in_the_profile(tmp_path, api):
     saved(tmp_path, g)
     sizes = {"R": (2, 2, 2)}
     assert "input 'k' sizes others, or does not" in fails(api, job(tmp_path, g, profiles=(Profile("only", sizes, {}),)))
-    assert compile_graph(api, job(tmp_path, g, profiles=(Profile("only", sizes, {"k": (1, 2, 8)}),))).data
+    assert compile_graph(api, job(tmp_path, g, profiles=(Profile("only", sizes, {"k": (1, 2, 8)}),))).size
 
 
 def test_ctrl_c_ends_the_build(tmp_path, api):
@@ -140,6 +141,15 @@ def test_ctrl_c_ends_the_build(tmp_path, api):
     with pytest.raises(KeyboardInterrupt):
         compile_graph(api, job(tmp_path, sum_graph(tmp_path), profiles=one(A=4, B=4)), interrupt)
     assert calls and signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in (tmp_path / "sum").iterdir()] == ["model.onnx"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, api):
+    task = job(tmp_path, sum_graph(tmp_path), profiles=one(A=4, B=4))
+    PlanFile(task.plan)._beside.symlink_to("/dev/full")
+    text = fails(api, task)
+    assert text == f"sum: its plan cannot be written to {tmp_path / 'sum'}: No space left on device."
+    assert [p.name for p in (tmp_path / "sum").iterdir()] == ["model.onnx"]
 
 
 def test_weights_beside_the_model_are_read(tmp_path, api):
@@ -148,6 +158,6 @@ def test_weights_beside_the_model_are_read(tmp_path, api):
     g.op("MatMul", g.input("x", "float16", ("R", 256)), weight, out="y")
     g.output("y", "float16", ("R", 256))
     plan = compile_graph(api, job(tmp_path, saved(tmp_path, g), profiles=one(R=4)))
-    assert len(plan.data) > 256 * 256 * 2
+    assert plan.size > 256 * 256 * 2
     (tmp_path / "linear" / "model.onnx.data").unlink()
     assert "the ONNX parser refused" in fails(api, job(tmp_path, g, profiles=one(R=4)))
