@@ -11,7 +11,8 @@ HEAD := training/heads/smollm2-135m-instruct
 TARGET ?= $(MODEL)
 DRAFT ?= $(HEAD)
 BACKEND ?= onnxruntime
-DTYPE ?= $(if $(filter onnxruntime,$(BACKEND)),int8,fp16)
+DEVICE ?= cpu
+DTYPE ?= $(if $(filter onnxruntime,$(BACKEND)),$(if $(filter cpu,$(DEVICE)),int8,fp32),fp16)
 BUNDLE ?= build/bundles/$(NAME)$(if $(filter onnxruntime,$(BACKEND)),,-$(BACKEND))-$(DTYPE)
 PROMPTS ?=
 QUICK ?=
@@ -31,9 +32,10 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
+ON = $(if $(filter-out cpu,$(DEVICE)),--device $(DEVICE))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance equality peers clean
+.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance eval equality peers clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -44,7 +46,8 @@ help: ## list the targets and the variables
 	@echo "  TARGET=$(TARGET)   Hugging Face folder of the target model"
 	@echo "  DRAFT=$(DRAFT)    DeepSpec folder of the DSpark head"
 	@echo "  BACKEND=$(BACKEND)         of make export: onnxruntime, tensorrt, tensorrt-rtx or auto (whichever TensorRT is there)"
-	@echo "  DTYPE=$(DTYPE)                  fp32 or int8; with a TensorRT fp16 or bf16"
+	@echo "  DTYPE=$(DTYPE)                  fp32 or int8; with a TensorRT fp16, bf16 or int8 (weights)"
+	@echo "  DEVICE=$(DEVICE)                  of export, profile, serve and bench: cpu, cuda or cuda:N (serve: cuda:0,1 too)"
 	@echo "  BUNDLE=$(BUNDLE)"
 	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"
 	@echo "  QUICK=1                     a small grid of make bench"
@@ -79,11 +82,11 @@ test: model ## the default test suite (ARGS="-m slow" for the slow part)
 	@$(PY) -m pytest -q $(ARGS)
 
 export: $(NEEDS) ## compile TARGET and DRAFT into BUNDLE
-	@$(PY) -m export --target $(TARGET) --draft $(DRAFT) --out $(BUNDLE) --backend $(BACKEND) --dtype $(DTYPE) $(ARGS)
+	@$(PY) -m export --target $(TARGET) --draft $(DRAFT) --out $(BUNDLE) --backend $(BACKEND) --dtype $(DTYPE) $(ON) $(ARGS)
 
 serve: $(NEEDS) ## serve BUNDLE on a real Triton server until Ctrl-C
 	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
-	@$(PY) -m triton_repo serve --bundle $(BUNDLE) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
+	@$(PY) -m triton_repo serve --bundle $(BUNDLE) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ON) $(ARGS)
 
 data: $(NEEDS) ## answers of TARGET to the repository's prompts (or PROMPTS) into build/data (an hour or more; resumes)
 	@$(PY) -m training generate --target $(TARGET) --out $(if $(filter $(HEAD)/%,$(DATA)),build/data/$(NAME),$(DATA)) $(GENERATE) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)
@@ -94,7 +97,7 @@ train: $(NEEDS) ## a head from DATA into RUN/latest; by default the shipped one 
 
 profile: $(NEEDS) ## what a step of BUNDLE costs on this machine, stored in it for the schedulers (4 minutes; ARGS=--quick: half a minute)
 	@test -f $(BUNDLE)/manifest.json || $(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
-	@$(PY) -m engines profile --bundle $(BUNDLE) $(ARGS)
+	@$(PY) -m engines profile --bundle $(BUNDLE) $(ON) $(ARGS)
 
 calibrate: $(NEEDS) ## rollouts of BUNDLE, temperatures of its confidence head from them, stored in it (5 minutes; ARGS=--quick: 1.5)
 	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
@@ -105,13 +108,20 @@ calibrate: $(NEEDS) ## rollouts of BUNDLE, temperatures of its confidence head f
 	@$(PY) -m engines calibrate --bundle $(BUNDLE) --calibration $(CALIBRATION)/calibration.json
 
 bench: $(NEEDS) ## throughput and latency by mode, users and kind of prompt, in process and over gRPC (half an hour; QUICK=1: 6 minutes)
-	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(filter-out 0,$(QUICK)),--quick) $(foreach file,$(PROMPTS),--prompts $(file)) $(ARGS)
+	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(filter-out 0,$(QUICK)),--quick) $(foreach file,$(PROMPTS),--prompts $(file)) $(ON) $(ARGS)
 
 scheduling: $(NEEDS) ## time of one scheduling decision, and the host's share of a round (2 minutes)
 	@$(PY) -m benchmarks.scheduling $(BUNDLE_ARGS) $(ARGS)
 
 acceptance: $(NEEDS) ## acceptance length and per position of PROMPTS, greedy and at temperature 1
 	@$(PY) -m benchmarks.acceptance $(BUNDLE_ARGS) $(foreach file,$(PROMPTS),--prompts $(file)) $(ARGS)
+
+eval: $(NEEDS) ## acceptance by position, proposal length and threshold of PROMPTS' rounds: build/eval/report.md (4 minutes)
+	@$(PY) -m benchmarks.bundle $(BUNDLE_ARGS)
+	@mkdir -p build/eval
+	@$(PY) -m decoding record --bundle $(BUNDLE) --output build/eval/rollouts.npz --max-tokens 128 --minutes 3.5 --least 2000 \
+	  $(foreach file,$(or $(PROMPTS),$(wildcard benchmarks/prompts/*.jsonl)),--prompts $(file))
+	@$(PY) -m benchmarks.evaluation --rollouts $(NAME)=build/eval/rollouts.npz $(ARGS)
 
 equality: $(NEEDS) ## greedy output with and without the draft, over 200 prompts in batches of 1, 3 and 8
 	@$(PY) -m benchmarks.equality $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)

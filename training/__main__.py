@@ -247,8 +247,9 @@ def calibrate(
     half."""
     import shlex
 
-    from training.calibrate import calibrate, read_rollouts, table, write
+    from training.calibrate import calibrate, table, write
     from training.reliability import draw
+    from training.rollouts import read_rollouts
 
     try:
         recorded = read_rollouts(rollouts)

@@ -1,7 +1,6 @@
 """Sequential Temperature Scaling of the confidence head (paper, section 3.2.1), fitted and judged on recorded rollouts.
 
-Knows: the npz of `python -m decoding record`, the fit, the measures of calibration. Refuses to know: how rollouts were
-made, bundles, pictures (reliability.py draws them).
+Knows: the fit, the report. Refuses to know: how rollouts were made, bundles, pictures (reliability.py draws them).
 
 Legend: B rounds, G block size (slots of a round), K bins, T grid of temperatures. A round's `logits` [B, G] are the raw
 confidence logits z; `accepted` [B] counts the leading accepted tokens of a fully verified block, so slot k (from 0)
@@ -11,148 +10,21 @@ survived iff accepted > k, which is what the running product of sigmoid(z_i / T_
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy import ndarray
+
+from training.rollouts import Rollouts
+from training.scores import BINNINGS, auc, brier, ece, sigmoid, survival
 
 # 121 temperatures in equal ratios (3.5% apart) from 1/8 to 8; 1.0 is one of them.
 GRID = np.exp(np.linspace(-np.log(8.0), np.log(8.0), 121))
 SLACK = 0.1  # in units of 1 / sqrt(rounds): about a fifth of the deviation of an observed share near one half
 LARGEST_BIAS = 4.0
 FEWEST_SURVIVORS = 20  # of a position, to fit it at all
-BINNINGS = {"mass": 15, "width": 10}  # equal-mass bins are what is fitted and reported first; see ece()
 FEWEST_ROUNDS = 200  # of one temperature, on each side of the split
-KINDS_ARRAYS = {
-    "confidence_logits": (2, "f"), "accepted": (1, "iu"), "temperature": (1, "f"), "request": (1, "iu"),
-    "position": (1, "iu"), "kind": (1, "U"), "meta": (0, "U"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Recorded rounds (see the legend): logits [B, G] float64, accepted [B], temperature [B] (0 = greedy), request [B]
-    (which request a round belongs to), meta: what record wrote about the bundle."""
-
-    logits: ndarray
-    accepted: ndarray
-    temperature: ndarray
-    request: ndarray
-    meta: dict
-
-    def __len__(self) -> int:
-        return len(self.accepted)
-
-    @property
-    def survived(self) -> ndarray:
-        """[B, G] bool: the first k + 1 tokens of the block were all accepted."""
-        return self.accepted[:, None] > np.arange(self.logits.shape[1])
-
-    def where(self, mask: ndarray) -> Rollouts:
-        """The rounds of a [B] bool mask."""
-        return Rollouts(
-            self.logits[mask], self.accepted[mask], self.temperature[mask], self.request[mask], self.meta
-        )
-
-
-def read_rollouts(file: str | Path) -> Rollouts:
-    """Reads the npz of `python -m decoding record`. Raises ValueError (one sentence) for what does not fit, and
-    FileNotFoundError."""
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile) as error:  # all that numpy may raise
-        raise ValueError(
-            f"{file} is not an npz of rollouts ({error}); make one with python -m decoding record."
-        ) from None
-    for name, (rank, kinds) in KINDS_ARRAYS.items():
-        if name not in arrays:
-            raise ValueError(f"{file} holds no {name!r}; make it again with python -m decoding record.")
-        if arrays[name].ndim != rank or arrays[name].dtype.kind not in kinds:
-            raise ValueError(
-                f"{file}: {name} is {arrays[name].dtype} of rank {arrays[name].ndim}, it must be of rank {rank}."
-            )
-    logits, accepted = arrays["confidence_logits"].astype(np.float64), arrays["accepted"].astype(np.int64)
-    lengths = {name: len(arrays[name]) for name, (rank, _) in KINDS_ARRAYS.items() if rank}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"{file}: its arrays have different lengths ({lengths}).")
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            f"{file}: confidence_logits holds {logits[~np.isfinite(logits)][0]}; every logit must be finite."
-        )
-    G = logits.shape[1]
-    if len(accepted) and not 0 <= accepted.min() <= accepted.max() <= G:
-        raise ValueError(f"{file}: accepted lies in {accepted.min()}..{accepted.max()}; it must lie in 0..{G}.")
-    if len(accepted) and (arrays["temperature"] < 0).any():
-        raise ValueError(f"{file}: temperature holds {arrays['temperature'].min()}; it must be 0 or more.")
-    try:
-        meta = json.loads(str(arrays["meta"]))
-        hashes = [meta[key] for key in ("draft_hash", "target_hash")]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: its meta lacks draft_hash or target_hash ({error}); record it again.") from None
-    if not all(isinstance(h, str) and h for h in hashes):
-        raise ValueError(f"{file}: draft_hash is {hashes[0]!r} and target_hash {hashes[1]!r}; both must be texts.")
-    return Rollouts(
-        logits, accepted, arrays["temperature"].astype(np.float64), arrays["request"].astype(np.int64), meta
-    )
-
-
-# -- measures ---------------------------------------------------------------------------------------------------------
-
-
-def ece(predicted: ndarray, observed: ndarray, binning: str = "mass") -> ndarray:
-    """Expected calibration error: sum over bins of (bin's share) * |mean predicted - mean observed|.
-
-    predicted [..., B] in [0, 1], observed [B] or [..., B] (0/1) -> [...]. The paper names Naeini et al. (2015) and no
-    binning. "mass": 15 bins of (nearly) as many rounds each, in the order of the prediction (ties in the order given);
-    "width": 10 bins of width 0.1, the last one closed.
-    """
-    p = np.asarray(predicted, np.float64)
-    y = np.broadcast_to(np.asarray(observed, np.float64), p.shape)
-    difference, B, K = p - y, p.shape[-1], BINNINGS[binning]
-    if binning == "mass":
-        order = np.argsort(p, axis=-1, kind="stable")
-        edges = np.unique(np.arange(K) * B // K)  # fewer bins than rounds
-        sums = np.add.reduceat(np.take_along_axis(difference, order, -1), edges, axis=-1)
-    else:
-        flat = difference.reshape(-1, B)
-        bins = np.minimum((p.reshape(-1, B) * K).astype(np.int64), K - 1) + K * np.arange(len(flat))[:, None]
-        sums = np.bincount(bins.ravel(), flat.ravel(), K * len(flat)).reshape(*p.shape[:-1], K)
-    return np.abs(sums).sum(axis=-1) / B
-
-
-def auc(predicted: ndarray, observed: ndarray) -> float:
-    """Chance that a surviving round was predicted higher than one that did not survive (ties count half); nan when
-    there is only one of them."""
-    y = np.asarray(observed, bool)
-    positive, negative = int(y.sum()), int((~y).sum())
-    if not positive or not negative:
-        return float("nan")
-    _, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each value, from 1
-    return float((ranks[inverse][y].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-def brier(predicted: ndarray, observed: ndarray) -> float:
-    """Mean squared difference of prediction and outcome."""
-    return float(np.mean((np.asarray(predicted, np.float64) - np.asarray(observed, np.float64)) ** 2))
-
-
-def survival(logits: ndarray, temperatures: ndarray, bias: ndarray | float = 0.0) -> ndarray:
-    """[B, G] running product of sigmoid(z / T + b); temperatures, bias [G]."""
-    return np.cumprod(sigmoid(logits / np.asarray(temperatures) + bias), axis=-1)
-
-
-def sigmoid(x: ndarray) -> ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
-
-
-# -- the fit ----------------------------------------------------------------------------------------------------------
 
 
 def fit(rollouts: Rollouts, *, offset: bool = False, binning: str = "mass") -> tuple[ndarray, ndarray]:

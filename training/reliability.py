@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from training.calibrate import BINNINGS, Rollouts, groups, split, survival
+from training.calibrate import groups, split
+from training.rollouts import Rollouts
+from training.scores import BINNINGS, survival
 
 LIMITS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of a panel's two axes
 BEFORE, AFTER = "#c2571a", "#1f5fa8"

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from training.calibrate import (
-    GRID, Rollouts, auc, brier, calibrate, ece, fit, groups, measure, read_rollouts, sigmoid, split, survival, table, write,
-)  # fmt: skip
+from training.calibrate import GRID, calibrate, fit, groups, measure, split, table, write
 from training.reliability import curve, draw
+from training.rollouts import Rollouts, read_rollouts
+from training.scores import auc, brier, ece, sigmoid, survival
 
 META = {"draft_hash": "d" * 64, "target_hash": "t" * 64, "bundle": "synthetic"}
 
@@ -20,7 +20,7 @@ def synthetic(rounds, temperatures, bias=None, *, seed=0, greedy_share=0.0, spre
     accepted = np.cumprod(rng.random((rounds, G)) < chance, axis=1).sum(axis=1)
     request = np.arange(rounds) // per_request
     greedy = np.random.default_rng(seed + 1).random(request.max() + 1) < greedy_share
-    return Rollouts(z, accepted, np.where(greedy[request], 0.0, 1.0), request, META)
+    return Rollouts(z, accepted, np.where(greedy[request], 0.0, 1.0), request, META, np.full(rounds, "maths"))
 
 
 # -- measures against hand-computed values ---------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_calibrated_logits_stay_as_they_are():
 def test_a_constant_logit_keeps_temperature_one():
     """A draft without a confidence head: the logit is 20 everywhere, the chance is 1 at any temperature of the grid."""
     rollouts = synthetic(1000, [1.0, 1.0])
-    temperatures, _ = fit(Rollouts(np.full((1000, 2), 20.0), np.full(1000, 2), rollouts.temperature, rollouts.request, META))
+    temperatures, _ = fit(Rollouts(np.full((1000, 2), 20.0), np.full(1000, 2), rollouts.temperature, rollouts.request, META, rollouts.kind))
     assert temperatures.tolist() == [1.0, 1.0]
 
 
@@ -118,7 +118,7 @@ def test_each_position_is_fitted_on_the_already_calibrated_prefix():
 
 def test_what_comes_later_does_not_change_what_was_fitted():
     rollouts = synthetic(20_000, [2.0, 0.5, 1.5])
-    first_two = Rollouts(rollouts.logits[:, :2], np.minimum(rollouts.accepted, 2), rollouts.temperature, rollouts.request, META)
+    first_two = Rollouts(rollouts.logits[:, :2], np.minimum(rollouts.accepted, 2), rollouts.temperature, rollouts.request, META, rollouts.kind)
     np.testing.assert_array_equal(fit(rollouts)[0][:2], fit(first_two)[0])
 
 
