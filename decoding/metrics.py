@@ -82,8 +82,8 @@ class Metrics:
         self.host_seconds[name] = self.host_seconds.get(name, 0.0) + seconds
 
     def timed(self, name: str, call: Callable[[Any], Any], batch: Any, read: str | None = None) -> Any:
-        """call(batch), its time booked to the engine `name`. Engines on a GPU answer before they are done: `read` names the
-        field of the result that is waited for within that time."""
+        """call(batch), its time booked to the engine `name`. Engines on a GPU answer before they are done: `read` names
+        the field of the result that is waited for within that time."""
         started = perf_counter()
         result = call(batch)
         if read is not None:

@@ -223,8 +223,8 @@ class PassLimits:
 class Engines(Protocol):
     """A loaded bundle. Not thread safe: one thread drives it. `verify_rows`: wide rows that one verify call should have
     at most (what stays in this machine's caches), None = any number. `pass_limits`: None = passes of any size.
-    Logits, features, hidden states and distributions need not be numpy's (engines/arrays.py says what they can do); ids,
-    counts and statistics are, and may be waited for when they are first read.
+    Logits, features, hidden states and distributions need not be numpy's (engines/arrays.py says what they can do);
+    ids, counts and statistics are, and may be waited for when they are first read.
 
     Cache row r of both caches belongs to active request r. `target_capacity` and `draft_capacity` are the C that the
     masks must have; they change only in `ensure_capacity`. write_index + Q <= C must hold in every call.

@@ -55,9 +55,9 @@ class OnnxRuntimeEngines:
         self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
         options = session_options(self.threads, log_severity)
         self.target_caches = Caches(
-            2 * t.num_layers, t.num_kv_heads, t.head_dim, _cache_dtype(bundle.engines["target"])
+            2 * t.num_layers, t.num_kv_heads, t.head_dim, cache_dtype(bundle.engines["target"])
         )
-        self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, _cache_dtype(bundle.engines["backbone"]))
+        self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, cache_dtype(bundle.engines["backbone"]))
         caches = {"target": self.target_caches, "backbone": self.draft_caches}
         hugepages.gather()
         before = hugepages.places()
@@ -66,7 +66,7 @@ class OnnxRuntimeEngines:
             for name, spec in bundle.engines.items()
         }
         hugepages.ask(hugepages.places() - before)  # what the sessions took: their weights
-        self._mask_dtype = {n: _input(bundle.engines[n], "mask").dtype for n in ("target", "backbone")}
+        self._mask_dtype = {n: mask_dtype(bundle.engines[n]) for n in ("target", "backbone")}
 
     @property
     def target_capacity(self) -> int:
@@ -127,8 +127,8 @@ class Graph:
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot open {path} ({reason}); export it again."
             ) from error
-        _check_graph(path, spec.inputs, self.session.get_inputs())
-        _check_graph(path, spec.outputs, self.session.get_outputs())
+        check_graph(path, spec.inputs, self.session.get_inputs())
+        check_graph(path, spec.outputs, self.session.get_outputs())
         self.name, self.caches = path.parent.name, caches
         is_cache = lambda n: n.startswith(("past_key_values.", "present."))
         self.inputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.inputs if not is_cache(s.name)]
@@ -224,15 +224,17 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-def _input(spec: EngineSpec, name: str) -> TensorSpec:
-    return next(s for s in spec.inputs if s.name == name)
+def mask_dtype(spec: EngineSpec) -> str:
+    """Of a graph that has a mask."""
+    return next(s.dtype for s in spec.inputs if s.name == "mask")
 
 
-def _cache_dtype(spec: EngineSpec) -> str:
+def cache_dtype(spec: EngineSpec) -> str:
+    """Of a graph's key-value caches."""
     return next((s.dtype for s in spec.inputs if s.name.startswith("past_key_values.")), "float32")
 
 
-def _check_graph(path: Path, declared: tuple[TensorSpec, ...], actual: list) -> None:
+def check_graph(path: Path, declared: tuple[TensorSpec, ...], actual: list) -> None:
     """The graph's own names, dtypes and fixed dimensions against the manifest's."""
     names = {node.name: node for node in actual}
     if set(names) != {s.name for s in declared}:

@@ -1,8 +1,8 @@
 """The five engines on TensorRT or TensorRT-RTX: plans, caches and everything between two engines in GPU memory.
 
-Knows: which engine feeds which, what the host may see (ids, counts, statistics), the sizes that plans were compiled for.
-Refuses to know: CUDA and TensorRT calls (engines/trt), requests, schedules. Has never run on a GPU: its tests run it on a
-double of both runtimes.
+Knows: which engine feeds which, what the host may see (ids, counts, statistics), the sizes that plans were compiled
+for. Refuses to know: CUDA and TensorRT calls (engines/trt), requests, schedules. Has never run on a GPU: its tests run
+it on a double of both runtimes.
 
 A call returns when its work is queued. Logits, features, hidden states and distributions are DeviceArrays; the rest is
 numpy's and waited for when it is first read. Arguments may be numpy's, DeviceArrays, or anything with
@@ -165,8 +165,8 @@ class TensorRtEngines:
         return self._runners[name]
 
     def ensure_capacity(self, rows: int, length: int) -> None:
-        """Sets how much of the caches attention reads; they lie there from the start. Raises ValueError, one sentence, for
-        more than they hold."""
+        """Sets how much of the caches attention reads; they lie there from the start. Raises ValueError, one sentence,
+        for more than they hold."""
         self._runner("target")
         if rows > self.limits.requests or length > self.limits.cache:
             raise ValueError(

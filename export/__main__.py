@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 import typer
 from rich.console import Console
 
-from engines.bundle import DTYPES
+from engines.bundle import DTYPES, TENSORRT_DTYPES
 from engines.trt.api import default_backend
+from engines.trt.memory import PeakMemory
 
 from .account import check_graphs
 from .backbone import build_backbone
@@ -26,6 +27,7 @@ from .bundle import (
     engine_entry,
     kept_calibration,
     load_models,
+    open_sources,
     target_entry,
     write_manifest,
     written_whole,
@@ -39,15 +41,18 @@ from .precision import HALF, emulated, to_half
 from .quantize import quantize
 from .target import build_target
 from .verify import build_verify
+from .weight_only import weights_only
 
 AUTO = "auto"
 Backend = Enum("Backend", {name: name for name in (*DTYPES, AUTO)}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "fp16", "bf16")}, type=str)
+Emulated = Enum("Emulated", {name: name for name in TENSORRT_DTYPES}, type=str)
 
 
 def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: int | None = None) -> list[Graph]:
-    """The five graphs in the order of the round: TensorRT's form for a half-precision dtype (with its caches' fixed
-    length), ONNX Runtime's for the others."""
+    """The five graphs in the order of the round. target, draft: models, or sources (sources.py), whose weights are read
+    as the graphs are saved. dtype: a key of HALF for TensorRT's form (static_cache: its caches' fixed length), "fp32"
+    or "int8" for ONNX Runtime's."""
     graphs = [
         build_target(target, max_context, static_cache=static_cache),
         build_backbone(draft, max_context, static_cache=static_cache),
@@ -57,6 +62,8 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
     ]
     for graph in graphs:
         if dtype in HALF:
+            if dtype == "w8a16":
+                weights_only(graph)
             to_half(graph, dtype)
             continue
         if dtype == "int8":
@@ -67,46 +74,71 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
 
 def export(
     target: Path, draft: Path, out: Path, *, backend: str = "onnxruntime", dtype: str | None = None,
-    max_context: int | None = None, options: PlanOptions = PlanOptions(), console: Console | None = None,
+    max_context: int | None = None, options: PlanOptions = PlanOptions(), parity: bool = True,
+    emulate: str | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Writes the bundle `out` and checks it. backend "auto": TensorRT where it loads, else TensorRT-RTX; dtype None:
-    the backend's first (DTYPES); options: for a TensorRT only.
+    the backend's first (DTYPES); options: for a TensorRT only. parity: compare with PyTorch, which takes both models in
+    float32 and more; without it, weights pass through memory one by one. emulate: a TensorRT dtype; the bundle is then
+    one for ONNX Runtime in fp32 whose graphs round as that dtype's do.
 
     Raises ValueError or FileNotFoundError with one sentence."""
     backend = default_backend() if backend == AUTO else backend
     console, dtype = console or Console(stderr=True), dtype or DTYPES[backend][0]
     if dtype not in (dtypes := DTYPES[backend]):
         raise ValueError(f"dtype is {dtype!r}; for the backend {backend} it must be one of {', '.join(dtypes)}.")
+    if emulate and (backend, dtype) != ("onnxruntime", "fp32"):
+        raise ValueError(f"emulate is {emulate!r}; it needs backend onnxruntime and dtype fp32, not {backend} {dtype}.")
     planner = None if backend == "onnxruntime" else Planner.of(backend, options)  # refuses before anything is read
+    precision = emulate or dtype
+    precision = "w8a16" if precision == "int8" and (planner or emulate) else precision
     with written_whole(out) as partial:
-        with console.status("reading checkpoints"):
-            target_model, draft_model, max_context = load_models(target, draft, max_context)
-        limits = planner and planner.limits(target_model, draft_model, max_context)
-        cache = limits.cache if limits else None
-        graphs = build_graphs(target_model, draft_model, dtype=dtype, max_context=max_context, static_cache=cache)
-        check_graphs(graphs, target_model, draft_model)
-        for graph in graphs:
-            with console.status(f"writing {graph.name}"):
-                graph.save(partial / "onnx" / graph.name)
+        with PeakMemory() as memory:
+            with console.status("reading checkpoints"):
+                *sources, max_context = open_sources(target, draft, max_context)
+            limits = planner and planner.limits(*sources, max_context)
+            cache = limits.cache if limits else None
+            graphs = build_graphs(*sources, dtype=precision, max_context=max_context, static_cache=cache)
+            check_graphs(graphs, *sources)
+            if emulate:
+                graphs = [emulated(graph, precision) for graph in graphs]
+            for graph in graphs:
+                with console.status(f"writing {graph.name}"):
+                    graph.save(partial / "onnx" / graph.name)
+        console.print(f"graphs written: {said(memory, target, draft)}")
         copy_tokenizer(target, partial)
-        with console.status("checking parity with PyTorch"), runnable(partial, graphs, dtype) as (folder, runnables):
-            parity = check_parity(folder, runnables, target_model, draft_model, target, dtype=dtype, console=console)
+        checks = []
+        if parity:
+            forms = runnable(partial, graphs, precision, emulate)
+            with console.status("checking parity with PyTorch"), forms as (folder, runnables):
+                models = load_models(target, draft, max_context)[:2]
+                checks = check_parity(folder, runnables, *models, target, dtype=precision, console=console)
+        else:
+            console.print("parity: skipped; no graph was compared with PyTorch, no output was looked at")
         with console.status("hashing"):
-            entries = target_entry(target, target_model.config), draft_entry(draft, draft_model.config)
+            entries = target_entry(target, sources[0].config), draft_entry(draft, sources[1].config)
             engines = {graph.name: engine_entry(graph, partial) for graph in graphs}
         settings = planner and planner.compile(partial, graphs, engines, limits, previous=out, console=console)
         write_manifest(
-            partial, engines, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=parity,
-            calibration=kept_calibration(out, *entries), tensorrt=settings,
+            partial, engines, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=checks,
+            calibration=kept_calibration(out, *entries), tensorrt=settings, emulates=emulate,
         )
     console.print(f"wrote {out}")
 
 
+def said(memory: PeakMemory, *checkpoints: Path) -> str:
+    """How much memory was taken, beside the size of the folders' weights."""
+    stored = sum(file.stat().st_size for folder in checkpoints for file in folder.glob("*.safetensors"))
+    return f"{(memory.start + memory.peak) / 1e6:.0f} MB of memory at most, for checkpoints of {stored / 1e6:.0f} MB"
+
+
 @contextmanager
-def runnable(partial: Path, graphs: list[Graph], dtype: str) -> Iterator[tuple[Path, list[Graph]]]:
-    """(folder, graphs) for ONNX Runtime's CPU provider: the bundle's own, or a float32 emulation of half-precision
-    ones."""
-    if dtype not in HALF:
+def runnable(
+    partial: Path, graphs: list[Graph], dtype: str, emulate: str | None = None
+) -> Iterator[tuple[Path, list[Graph]]]:
+    """(folder, graphs) for ONNX Runtime's CPU provider: the bundle's own, or a float32 emulation of half-precision ones
+    (`emulate`: they are one)."""
+    if dtype not in HALF or emulate:
         yield partial, graphs
         return
     with TemporaryDirectory(dir=partial) as folder:
@@ -122,7 +154,7 @@ def main(
     out: Path = typer.Option(..., help="The bundle to write, for example build/NAME."),
     backend: Backend = typer.Option("onnxruntime", help="auto: TensorRT where it loads, else TensorRT-RTX."),
     dtype: Dtype = typer.Option(
-        None, help="onnxruntime: fp32, or int8 (8-bit weights and activations). TensorRT: fp16, or bf16."
+        None, help="onnxruntime: fp32, or int8 (weights and activations). TensorRT: fp16, bf16, or int8 (weights)."
     ),
     max_context: int = typer.Option(
         None, help="Longest cache the graphs are built for, in tokens (2048, or the target's own limit)."
@@ -132,15 +164,25 @@ def main(
     ),
     max_requests: int = typer.Option(64, help="TensorRT: requests that decode at once, at most."),
     chunk: int = typer.Option(512, help="TensorRT: prompt tokens in one pass, at most."),
+    parity: bool = typer.Option(
+        True, help="Compare with PyTorch, in float32; --no-parity takes little memory, whatever the model's size."
+    ),
+    emulate: Emulated = typer.Option(
+        None, help="onnxruntime, fp32: graphs that round as TensorRT's of this dtype do, to measure what it costs."
+    ),
+    device: str = typer.Option("cpu", help="onnxruntime: where it will run; cuda takes fp32 only."),
     workspace: float = typer.Option(4.0, help="TensorRT: GPU memory a kernel may take beside its operands, in GB."),
 ) -> None:
     """Export a target and its draft to a bundle, and check every graph against PyTorch."""
     try:
+        if device != "cpu" and backend.value == "onnxruntime" and dtype and dtype.value == "int8":
+            raise ValueError(f"dtype is 'int8'; on {device} ONNX Runtime has no kernels for its products, use fp32.")
         capabilities = tuple(part.strip() for text in compute_capability for part in text.split(","))
         options = PlanOptions(capabilities, max_requests, chunk, int(workspace * 1e9))
         precision = dtype and dtype.value
         export(
-            target, draft, out, backend=backend.value, dtype=precision, max_context=max_context, options=options
+            target, draft, out, backend=backend.value, dtype=precision, max_context=max_context, options=options,
+            parity=parity, emulate=emulate and emulate.value,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("export: ended; nothing was written.", file=sys.stderr)

@@ -15,12 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Iterator
 
-from training.checkpoint import checkpoint_hash, config_from_json, load_draft
+from training.checkpoint import checkpoint_hash, load_draft
 from training.decoder_config import DecoderConfig
 from training.draft import DraftConfig, DraftModel
+from training.formats.layouts import open_draft
 from training.target import TargetModel
 
 from .graph import OPSET, Graph
+from .sources import DraftSource, TargetSource
 
 FORMAT_VERSION = 2
 DEFAULT_MAX_CONTEXT = 2048
@@ -41,6 +43,8 @@ def check_pair(target: DecoderConfig, draft: DraftConfig, max_context: int | Non
     for field, (have, want) in wanted.items():
         if have != want:
             raise ValueError(f"the draft was made for another target: its {field} is {have}, the target's is {want}.")
+    if not draft.sample_from_anchor:
+        raise ValueError("the draft has sample_from_anchor false; the compiled block drafts from the anchor's slot.")
     least, most = 2 * draft.block_size, target.max_position_embeddings
     max_context = min(DEFAULT_MAX_CONTEXT, most) if max_context is None else max_context
     if not least <= max_context <= most:
@@ -109,9 +113,10 @@ def file_hash(path: Path) -> str:
 
 def write_manifest(
     bundle: Path, engines: dict[str, dict], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int,
-    parity: list[dict], calibration: dict | None = None, tensorrt: dict | None = None,
+    parity: list[dict], calibration: dict | None = None, tensorrt: dict | None = None, emulates: str | None = None,
 ) -> None:  # fmt: skip
-    """engines: {name: engine_entry, with `plans` where there are any}; tensorrt: engines/trt/plans.py's settings."""
+    """engines: {name: engine_entry, with `plans` where there are any}; tensorrt: engines/trt/plans.py's settings;
+    emulates: the TensorRT dtype whose roundings an fp32 bundle applies."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -123,6 +128,7 @@ def write_manifest(
         "engines": engines,
         "builder": {**{name: version(name) for name in BUILDER_PACKAGES}, "opset": OPSET},
         "parity": parity,
+        **({"emulates": emulates} if emulates else {}),
         **({"tensorrt": tensorrt} if tensorrt else {}),
         **({"calibration": calibration} if calibration else {}),
     }
@@ -179,14 +185,28 @@ def written_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_models(target_folder: Path, draft_folder: Path, max_context: int | None) -> tuple[TargetModel, DraftModel, int]:
-    """Both checkpoints in fp32, checked against each other before any weight is read, and the max_context to build for."""
+def open_sources(
+    target_folder: Path, draft_folder: Path, max_context: int | None
+) -> tuple[TargetSource, DraftSource, int]:
+    """Both checkpoints, checked against each other and against their own configs, and the max_context to build for. No
+    weight is read."""
+    draft_config, max_context = check_folders(target_folder, draft_folder, max_context)
+    draft = DraftSource.open(draft_folder, target_folder)
+    return TargetSource.open(target_folder, draft_config.target_layer_ids), draft, max_context
 
+
+def load_models(target_folder: Path, draft_folder: Path, max_context: int | None) -> tuple[TargetModel, DraftModel, int]:
+    """As open_sources, with every weight in memory as float32: what parity compares with."""
+    draft_config, max_context = check_folders(target_folder, draft_folder, max_context)
+    draft = load_draft(draft_folder, target_folder)
+    return TargetModel.from_pretrained(target_folder, draft_config.target_layer_ids), draft, max_context
+
+
+def check_folders(target_folder: Path, draft_folder: Path, max_context: int | None) -> tuple[DraftConfig, int]:
+    """The draft's config and the max_context to build for. Raises ValueError or FileNotFoundError, one sentence."""
     for what, folder in (("target", target_folder), ("draft", draft_folder)):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"--{what} {folder}: there is no such folder with a config.json.")
     raw = json.loads((target_folder / "config.json").read_text())
-    draft_config = config_from_json(json.loads((draft_folder / "config.json").read_text()), str(draft_folder / "config.json"))
-    max_context = check_pair(DecoderConfig.from_hf(raw), draft_config, max_context)
-    draft = load_draft(draft_folder, target_folder)
-    return TargetModel.from_pretrained(target_folder, draft_config.target_layer_ids), draft, max_context
+    config = open_draft(draft_folder, target_folder).config
+    return config, check_pair(DecoderConfig.from_hf(raw), config, max_context)

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from training.decoder_config import DecoderConfig, RopeConfig
 
+from .arrays import Array, Lazy, concatenated
 from .graph import Graph
 
 ROPE_SLACK = 64  # rows past max_context: padded slots and mask tokens may be positioned there
 
 
 class Weights:
-    """A module's state dict, with the graph that takes tensors from it."""
+    """A module's state dict (tensors, or lazy arrays that a checkpoint gives), with the graph that takes from it."""
 
-    def __init__(self, graph: Graph, state: dict[str, Tensor]):
+    def __init__(self, graph: Graph, state: dict[str, Tensor] | dict[str, Lazy]):
         self.graph, self.state = graph, state
 
-    def array(self, name: str) -> np.ndarray:
-        return self.state[name].detach().numpy()
+    def array(self, name: str) -> Array:
+        value = self.state[name]
+        return value if isinstance(value, Lazy) else value.detach().numpy()
 
     def plain(self, name: str) -> str:
         """The tensor as it is."""
@@ -38,13 +40,13 @@ class Weights:
         g = self.graph
         sources = tuple(f"{layer}.weight" for layer in layers)
         name = ".".join([layers[0], *(layer.rsplit(".", 1)[-1] for layer in layers[1:])])
-        weight = g.weight(f"{name}.T", np.concatenate([self.array(s) for s in sources]).T, sources)
+        weight = g.weight(f"{name}.T", concatenated([self.array(s) for s in sources]).T, sources)
         if int8:
             g.quantizable[weight] = int8
         biases = tuple(f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.state)
         if not biases:
             return g.op("MatMul", x, weight, out=out)
-        bias = g.weight(f"{name}.bias", np.concatenate([self.array(b) for b in biases]), biases)
+        bias = g.weight(f"{name}.bias", concatenated([self.array(b) for b in biases]), biases)
         return g.op("Add", g.op("MatMul", x, weight), bias, out=out)
 
 

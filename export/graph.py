@@ -1,7 +1,8 @@
 """A small builder for ONNX graphs: nodes, initializers, inputs, outputs, and where each initializer came from.
 
 Knows: ONNX protobufs, opset 24, external data. Refuses to know: models, precision, backends.
-A value is its name (a string). Weights are numpy arrays kept beside the protobuf, so a graph may exceed 2 GB.
+A value is its name (a string). Weights are arrays kept beside the protobuf, so a graph may exceed 2 GB; lazy ones
+(arrays.py) are made as they are written, one at a time, so it may exceed memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from .arrays import Array, Lazy
 
 OPSET = 24
 IR_VERSION = 11
@@ -48,7 +51,7 @@ class Graph:
     def __init__(self, name: str):
         self.name = name
         self.nodes: list[onnx.NodeProto] = []
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: dict[str, Array] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
         self.quantizable: dict[str, str] = {}
         self.inputs: list[TensorSpec] = []
@@ -75,11 +78,11 @@ class Graph:
         self.nodes.append(helper.make_node(op_type, inputs, names, name=f"{names[0]}/{op_type}", domain=domain, **attributes))
         return names[0] if len(names) == 1 else names
 
-    def weight(self, name: str, array: np.ndarray, sources: tuple[str, ...] = ()) -> str:
+    def weight(self, name: str, array: Array, sources: tuple[str, ...] = ()) -> str:
         """Adds an initializer made of the checkpoint tensors `sources`."""
         if name in self.weights:
             raise ValueError(f"graph {self.name} already has an initializer {name}.")
-        self.weights[name] = np.asarray(array, order="C")
+        self.weights[name] = array if isinstance(array, Lazy) else np.asarray(array, order="C")
         self.sources[name] = sources
         return name
 
@@ -125,7 +128,7 @@ class Graph:
         tensors, offset, large = [], 0, []
         for name, array in self.weights.items():
             if array.nbytes <= INLINE_BYTES:
-                tensors.append(numpy_helper.from_array(array, name))
+                tensors.append(numpy_helper.from_array(np.asarray(array), name))
                 continue
             offset = -(-offset // DATA_ALIGNMENT) * DATA_ALIGNMENT
             tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
@@ -139,7 +142,7 @@ class Graph:
             with open(folder / "model.onnx.data", "wb") as file:
                 for position, array in large:
                     file.seek(position)
-                    file.write(array.reshape(-1).view(np.uint8))
+                    file.write(np.asarray(array, order="C").reshape(-1).view(np.uint8))
         value_info = lambda spec: helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
         graph = helper.make_graph(
             self.nodes, self.name, [value_info(s) for s in self.inputs], [value_info(s) for s in self.outputs], tensors

@@ -144,7 +144,7 @@ def build_confidence(model: DraftModel) -> Graph:
     c, g = model.config, Graph("confidence")
     w = Weights(g, model.state_dict())
     hidden = g.input("hidden", "float32", ("R", c.block_size, c.decoder.hidden_size))
-    if model.confidence_head is None:
+    if not c.enable_confidence_head:
         g.op(
             "Expand",
             g.const([[ALWAYS_CONFIDENT]], "float32"),

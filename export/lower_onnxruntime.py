@@ -6,9 +6,12 @@ precision. Measured on SmolLM2-135M (two cores): see docs/decisions.md.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from onnx import NodeProto, helper
 
+from .arrays import applied
 from .graph import MICROSOFT, Graph
 
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in 8 bits, scaled per row and block
@@ -106,7 +109,8 @@ def lower_block_matmuls(g: Graph) -> None:
         size = next(a.i for a in scaled.attribute if a.name == "block_size")
         packed, scales = f"{name}.packed", f"{scale}.packed"
         if packed not in g.weights:
-            g.weight(packed, pack_blocks(g.weights[name], blocks, size), g.sources[name])
+            pack = partial(pack_blocks, blocks=blocks, size=size)
+            g.weight(packed, applied(pack, g.weights[name], (N, blocks, size), np.uint8), g.sources[name])
             g.weight(scales, g.weights[scale].T, g.sources[scale])
         g.nodes[i] = helper.make_node(
             "MatMulNBits", [node.input[0], packed, scales], node.output, node.name, domain=MICROSOFT,

@@ -23,6 +23,7 @@ from training.target import PackedBatch, TargetModel
 
 from .gates import gate_of
 from .graph import Graph
+from .precision import HALF
 from .reference import draw_errors, pick_errors, softmax, verify_reference
 from .runner import MASKED, Runner
 from .wide_rows import RULES, WideRows
@@ -159,7 +160,7 @@ class Parity:
         self.compare("markov", f"{name}: draws outside their interval", wrong, np.zeros_like(wrong), exact=True)
         feeds = {"hidden": hidden.numpy()}
         if "markov_embeddings" in got:
-            exact = self.dtype not in ("fp16", "bf16")
+            exact = self.dtype not in HALF
             self.compare("markov", f"{name}: markov_embeddings", got["markov_embeddings"], draft.markov_head.embed(previous), exact=exact)
             feeds["markov_embeddings"] = got["markov_embeddings"]
         got_confidence = self.run["confidence"](**feeds)["confidence_logits"]

@@ -12,14 +12,28 @@ decide. A float16 product that exceeds 65,504 is infinite: bfloat16 is the choic
 
 from __future__ import annotations
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from .arrays import applied
 from .graph import Graph, TensorSpec
 
-HALF = {"fp16": ("float16", np.dtype(np.float16)), "bf16": ("bfloat16", np.dtype(ml_dtypes.bfloat16))}
-COMPUTES = {"MatMul": (0, 1), "Attention": (0, 1, 2, 3), "RotaryEmbedding": (0, 1, 2), "TensorScatter": (0, 1)}
+HALF = {  # dtype -> the type that it computes in
+    "fp16": ("float16", np.dtype(np.float16)),
+    "bf16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+    "w8a16": ("float16", np.dtype(np.float16)),  # 8-bit weights: export/weight_only.py
+}
+COMPUTES = {  # op -> the operands that become half
+    "MatMul": (0, 1),
+    "Attention": (0, 1, 2, 3),
+    "RotaryEmbedding": (0, 1, 2),
+    "TensorScatter": (0, 1),
+    "DequantizeLinear": (1,),  # its scale gives its result's type
+}
+ROUNDS = ("MatMul", "Attention", "RotaryEmbedding", "DequantizeLinear")  # those that compute, not only move
 MOVES = {"Gather", "GatherND", "Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Expand", "Concat"}
 ANY_TYPE = {"Shape", "Cast"}  # read any type and give their own
 FULL = ("fc.", "confidence_head.")
@@ -28,8 +42,8 @@ HALF_OUTPUTS = ("present.",)
 
 
 def to_half(g: Graph, dtype: str) -> None:
-    """Rewrites `g` in place; dtype: "fp16" | "bf16". Raises ValueError, one sentence, for a weight outside the type's
-    range."""
+    """Rewrites `g` in place; dtype: a key of HALF. Raises ValueError, one sentence, for a weight outside the type's
+    range (a lazy weight: when it is written)."""
     Pass(g, dtype).run()
     g.prune()
 
@@ -54,10 +68,11 @@ def emulated(g: Graph, dtype: str) -> Graph:
         node.CopyFrom(original)
         copy.nodes.append(node)
         cast = node.op_type == "Cast" and node.attribute[0].i == rounding
-        if not cast and (node.input[0] not in half or node.op_type not in MOVES | COMPUTES.keys()):
+        typed = node.input[1 if node.op_type == "DequantizeLinear" else 0]  # the operand that gives the result's type
+        if not cast and (typed not in half or node.op_type not in MOVES | COMPUTES.keys()):
             continue
         half |= set(node.output)
-        if cast or node.op_type in ("MatMul", "Attention", "RotaryEmbedding"):
+        if cast or node.op_type in ROUNDS:
             value = node.output[0]
             node.output[0], node.name = f"{value}.exact", f"{node.name}.exact"
             rounded = node.output[0] if cast else copy.op("Cast", node.output[0], to=rounding, out=f"{value}.rounded")
@@ -138,12 +153,15 @@ class Pass:
     def convert(self, name: str) -> str:
         """The weight in half precision, as an initializer beside it (the float32 one goes when nothing reads it)."""
         g = self.graph
-        array = g.weights[name]
-        largest = float(np.abs(array).max(initial=0))
-        limit = float(ml_dtypes.finfo(self.type).max)
-        if largest > limit:
-            raise ValueError(
-                f"graph {g.name}: weight {name} holds {largest:.4g}, {self.name} ends at {limit:.4g}; "
-                f"export with --dtype bf16."
-            )
-        return g.weight(f"{name}.{self.name}", array.astype(self.type), g.sources[name])
+        convert = partial(in_half, kind=self.type, what=f"graph {g.name}: weight {name}")
+        array = applied(convert, g.weights[name], g.weights[name].shape, self.type)
+        return g.weight(f"{name}.{self.name}", array, g.sources[name])
+
+
+def in_half(array: np.ndarray, kind: np.dtype, what: str) -> np.ndarray:
+    """The array in float16 or bfloat16. Raises ValueError, one sentence, for a value outside the type's range."""
+    largest = float(max(array.max(initial=0), -array.min(initial=0)))
+    limit = float(ml_dtypes.finfo(kind).max)
+    if largest > limit:
+        raise ValueError(f"{what} holds {largest:.4g}, {kind.name} ends at {limit:.4g}; export with --dtype bf16.")
+    return array.astype(kind, order="C")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
+from .arrays import applied
 from .graph import Graph
 
 ZERO_POINT = 128
@@ -58,9 +59,11 @@ def quantize_rows(g: Graph, x: str, *, may_be_none: bool = False) -> tuple[str, 
 def row_matmul(g: Graph, node: NodeProto, rows: str, m: str) -> None:
     """y = (rows - 128) @ W_int8 * column scale / 127 * m, under the MatMul's own output name."""
     name = node.input[1]
-    array, scale = quantize_columns(g.weights[name])
-    weight = g.weight(f"{name}.int8", array, g.sources[name])
-    column = g.weight(f"{name}.scale", scale * np.float32(STEP), g.sources[name])
+    array = g.weights[name]
+    whole = applied(lambda w: quantize_columns(w)[0], array, array.shape, np.int8)
+    weight = g.weight(f"{name}.int8", whole, g.sources[name])
+    steps = applied(lambda w: quantize_columns(w)[1] * np.float32(STEP), array, array.shape[1:], np.float32)
+    column = g.weight(f"{name}.scale", steps, g.sources[name])
     product = g.op("Cast", g.op("MatMulInteger", rows, weight, g.const(ZERO_POINT, "uint8")), to=1)
     g.op("Mul", g.op("Mul", product, column), m, out=node.output[0])
 
@@ -68,9 +71,11 @@ def row_matmul(g: Graph, node: NodeProto, rows: str, m: str) -> None:
 def block_matmul(g: Graph, node: NodeProto) -> None:
     """x @ DequantizeLinear(W_int8, scale a block and column), under the MatMul's own output name."""
     name = node.input[1]
-    array, scale = quantize_blocks(g.weights[name])
-    weight = g.weight(f"{name}.int8", array, g.sources[name])
-    scales = g.weight(f"{name}.scale", scale, g.sources[name])
+    array = g.weights[name]
+    K, N = array.shape
+    weight = g.weight(f"{name}.int8", applied(lambda w: quantize_blocks(w)[0], array, (K, N), np.int8), g.sources[name])
+    steps = applied(lambda w: quantize_blocks(w)[1], array, (-(-K // BLOCK), N), np.float32)
+    scales = g.weight(f"{name}.scale", steps, g.sources[name])
     g.op(
         "MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0]
     )

@@ -132,7 +132,7 @@ def qk_norm(w: Weights, qk: str, layer: str, c: DecoderConfig) -> str:
     """Qwen3's per-head norms on the joint qk [R, H + H_kv, Q, D]: one norm, then each head's own scale."""
     g = w.graph
     names = (f"{layer}.q_norm.weight", f"{layer}.k_norm.weight")
-    q, k = (w.array(name) for name in names)
+    q, k = (np.asarray(w.array(name)) for name in names)
     scale = np.concatenate([np.tile(q, (c.num_attention_heads, 1)), np.tile(k, (c.num_key_value_heads, 1))])[:, None, :]
     normed = g.op("RMSNormalization", qk, g.const(np.ones(q.shape[0]), "float32"), axis=-1, epsilon=c.rms_norm_eps)
     return g.op("Mul", normed, g.weight(f"{layer}.qk_norm", scale, names))

@@ -146,17 +146,26 @@ def _tokens(reply: object, tokens: ChatTokens) -> np.ndarray:
 
 
 def from_engines(
-    bundle: Path, jobs: Iterable[Job], asking: Asking, *, at_once: int = 128, requests: int = 16
+    bundle: Path, target_hash: str, jobs: Iterable[Job], asking: Asking, *, at_once: int = 128, requests: int = 16
 ) -> Iterator[tuple[Job, np.ndarray]]:
     """Answers by the compiled engines of a bundle: `python -m decoding generate` on at_once prompts at a time, as token
-    ids both ways. Raises ValueError with the command's own words when it fails."""
+    ids both ways, by the default schedule where the bundle was profiled, else with whole blocks (exact both).
+
+    Raises ValueError for a bundle of another target, and with the command's own words when it fails."""
+    manifest = bundle / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(f"{bundle} is no bundle: it holds no manifest.json.")
+    raw = json.loads(manifest.read_text(encoding="utf-8"))
+    if raw["target"]["hash"] != target_hash:
+        raise ValueError(f"{bundle} was exported from another target ({raw['target']['name']}), which may not answer here.")
+    schedule = "lagged" if raw.get("sps") else "fixed"
     jobs = iter(jobs)
     while group := list(islice(jobs, at_once)):
         with TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
             asked.write_text("".join(json.dumps(_line(job, asking)) + "\n" for job in group))
             command = [sys.executable, "-m", "decoding", "generate", "--bundle", str(bundle), "--input", str(asked)]
-            command += ["--output", str(answered), "--max-requests", str(requests)]
+            command += ["--output", str(answered), "--max-requests", str(requests), "--schedule", schedule]
             done = subprocess.run(command, capture_output=True, text=True)
             if not answered.is_file():
                 said = done.stderr.strip().splitlines() or ["nothing"]

@@ -140,7 +140,7 @@ def answering(
     if plan.answers == "server":
         return from_server(plan.server, jobs, by_index, tokens, asking)
     if plan.answers == "engines":
-        return from_engines(plan.bundle, jobs, asking)
+        return from_engines(plan.bundle, checkpoint_hash(plan.target), jobs, asking)
     if plan.answers == "logs":
         return from_logs(jobs, by_index, tokens)
     if asking.top_p < 1 or asking.top_k:

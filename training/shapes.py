@@ -1,6 +1,6 @@
-"""Random checkpoints of published shapes: what a real model's export takes in memory, time and disk, without the model.
+"""Random checkpoints of published shapes: what a real model's export takes in memory, time and disk, without it.
 
-    python -m training.shapes --shape qwen3-0.6b --out build/models/qwen3-0.6b-random --draft build/models/qwen3-0.6b-draft
+    python -m training.shapes --shape qwen3-0.6b --out build/models/qwen3-0.6b --draft build/models/qwen3-0.6b-draft
 
 Knows: the shapes, how a target's and a draft's folders look. Refuses to know: what such weights would compute (nothing).
 
@@ -42,11 +42,12 @@ SHARD_BYTES = 1 << 30
 def draft_shape(target: DecoderConfig) -> DraftConfig:
     """The draft of dspark_qwen3_4b_block7's kind for a target: the same width, features of five layers spread out."""
     layers = target.num_hidden_layers
+    spread = {round(1 + i * (layers - 4) / 4) for i in range(5)} if layers > 8 else {0, layers - 1}
     return DraftConfig(
         decoder=replace(target, num_hidden_layers=DRAFT_LAYERS, tie_word_embeddings=False),
         block_size=BLOCK,
         mask_token_id=min(MASK, target.vocab_size - 1),
-        target_layer_ids=tuple(sorted({round(1 + i * (layers - 4) / 4) for i in range(5)} if layers > 8 else {0, layers - 1})),
+        target_layer_ids=tuple(sorted(spread)),
         num_target_layers=layers,
         markov_rank=RANK,
         enable_confidence_head=True,
@@ -60,7 +61,10 @@ def write_random(
     """Writes a random target of this shape to `out`, and its draft to `draft` where one is named; gives their bytes."""
     with torch.device("meta"):
         model = TargetModel(target)
-    names = {("" if n == TIED else "model.") + n: t for n, t in model.state_dict().items() if n != TIED or not target.tie_word_embeddings}
+    state = model.state_dict()
+    if target.tie_word_embeddings:
+        del state[TIED]
+    names = {("" if name == TIED else "model.") + name: tensor for name, tensor in state.items()}
     written = write_shards(names, out, seed, shard_bytes)
     raw = {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[target.model_type]],
@@ -98,7 +102,8 @@ def write_shards(names: dict[str, Tensor], folder: Path, seed: int, shard_bytes:
     where, total = {}, 0
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: drawn(name, names[name].shape, generator) for name in shard}, folder / file, metadata={"format": "pt"})
+        tensors = {name: drawn(name, names[name].shape, generator) for name in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
         total += (folder / file).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -120,7 +125,7 @@ def split(names: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
 
 
 def drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """bfloat16 [shape]: norms near 1, matrices of gain about 1. Row by row in blocks, so that no float32 copy is whole."""
+    """bfloat16 [shape]: norms near 1, matrices of gain about 1; in blocks of rows, so that no float32 copy is whole."""
     tensor = torch.empty(shape, dtype=torch.bfloat16)
     scale = 1.0 if "embed_tokens" in name else shape[-1] ** -0.5
     for part in tensor.split(max(1, (1 << 24) // max(1, tensor[0].numel()))):

@@ -96,7 +96,7 @@ class DeviceArray:
         return replace(self, address=self.address + start * self.row_bytes, shape=shape)
 
     def widened(self, rows: int) -> DeviceArray | None:
-        """The same start with `rows` rows, the others holding whatever lies there; None where its memory ends before."""
+        """The same start with `rows` rows, the others holding what lies there; None where its memory ends before."""
         if self.address + rows * self.row_bytes > self.end:
             return None
         return replace(self, shape=(rows, *self.shape[1:]))

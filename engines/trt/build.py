@@ -44,9 +44,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """size, sha256: of the file that was written (Job.plan). attentions: ONNX names; unfused: those without a fused kernel in every profile.
-    peak: bytes of memory that the build took on top of what was there. memory: activation and weight bytes as the
-    builder states them."""
+    """size, sha256: of the file that was written (Job.plan). attentions: ONNX names; unfused: those without a fused
+    kernel in every profile. peak: bytes of memory that the build took on top of what was there. memory: activation and
+    weight bytes as the builder states them."""
 
     size: int
     sha256: str

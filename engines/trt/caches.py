@@ -11,8 +11,8 @@ from .cuda import Cuda
 
 
 class DeviceCaches:
-    """`names` caches [rows, heads, length, head_dim] of `dtype` (numpy's name of as many bytes). Zeros at first: a masked
-    position that holds NaN would poison the softmax's product."""
+    """`names` caches [rows, heads, length, head_dim] of `dtype` (numpy's name of as many bytes). Zeros at first: a
+    masked position that holds NaN would poison the softmax's product."""
 
     def __init__(self, cuda: Cuda, names: list[str], rows: int, heads: int, length: int, head_dim: int, dtype: str):
         self.cuda, self.rows, self.heads = cuda, rows, heads

@@ -3,8 +3,8 @@
 Knows: cuda.bindings.runtime, imported where it is needed; who took which memory, so that all of it is given back.
 Refuses to know: TensorRT, engines, what the bytes mean. Has never run on a GPU.
 
-After an error other than a lack of memory nothing on the GPU can be trusted, and CUDA answers every further call with the
-same error: `failure` then keeps its sentence, and every later call raises it.
+After an error other than a lack of memory nothing on the GPU can be trusted, and CUDA answers every further call with
+the same error: `failure` then keeps its sentence, and every later call raises it.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ class Cuda:
     # -- CUDA graphs ---------------------------------------------------------------------------------------------------
 
     def capture(self, enqueue):
-        """What `enqueue()` puts on the stream, as a graph that can be launched again; nothing of it runs now. None where
-        the work cannot be captured (enqueue() is False, or CUDA says so)."""
+        """What `enqueue()` puts on the stream, as a graph that can be launched again; nothing of it runs now. None
+        where the work cannot be captured (enqueue() is False, or CUDA says so)."""
         cudart, done = self.cudart, self.cudart.cudaError_t.cudaSuccess
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.check(cudart.cudaStreamBeginCapture(self.stream, mode), "cudaStreamBeginCapture")

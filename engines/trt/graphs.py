@@ -2,8 +2,8 @@
 
 Knows: which launches were seen before. Refuses to know: how one is recorded, what it computes.
 
-A graph holds the addresses and shapes of its recording, and its execution context must never be changed again: each graph
-has a context of its own, which is dropped with it.
+A graph holds the addresses and shapes of its recording, and its execution context must never be changed again: each
+graph has a context of its own, which is dropped with it.
 """
 
 from __future__ import annotations

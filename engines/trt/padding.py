@@ -29,8 +29,8 @@ def wider(size: int, most: int) -> int:
 
 
 def pad_target(batch: TargetBatch, profile: Profile) -> TargetBatch:
-    """Wider N, Q and M within the profile. More slots write garbage behind a request's own tokens, more tokens read slot
-    0, more logits are token 0's."""
+    """Wider N, Q and M within the profile. More slots write garbage behind a request's own tokens, more tokens read
+    slot 0, more logits are token 0's."""
     N, (R, Q), M = len(batch.token_ids), batch.pad_index.shape, len(batch.logit_rows)
     most = {symbol: high for symbol, (_, _, high) in profile.sizes.items()}
     slots = wider(Q, most["Q"])
@@ -48,8 +48,8 @@ def pad_target(batch: TargetBatch, profile: Profile) -> TargetBatch:
 
 
 def pad_backbone(batch: BackboneBatch, profile: Profile) -> BackboneBatch:
-    """Wider F and Q within the profile. More feature rows hold anything and are read by no slot; the block's rows, which
-    come behind them, move."""
+    """Wider F and Q within the profile. More feature rows hold anything and are read by no slot; the block's rows,
+    which come behind them, move."""
     F, Q = len(batch.features), batch.pad_index.shape[1]
     rows = wider(max(F, 1), profile.sizes["F"][2])
     slots = wider(Q, profile.sizes["Q"][2])

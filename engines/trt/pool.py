@@ -1,8 +1,8 @@
 """Rows of GPU memory that are taken and given back many times a round, without the driver: features that wait for the
 draft.
 
-Knows: one allocation and its free stretches. Refuses to know: requests, when a row is no longer needed (whoever drops the
-last reference to an array gives its rows back).
+Knows: one allocation and its free stretches. Refuses to know: requests, when a row is no longer needed (whoever drops
+the last reference to an array gives its rows back).
 
 A row may be taken again while work that reads it is still queued: all of it is on one stream, in order.
 """

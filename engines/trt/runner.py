@@ -86,21 +86,22 @@ class Runner:
         sizes = sizes_of(self.name, self.inputs, feeds)
         sizes |= {name: int(feeds[name][0]) for name in self.values}
         outside = [
-            [(n, sizes[n], r) for n, r in {**p.sizes, **p.values}.items() if n in sizes and not r[0] <= sizes[n] <= r[2]]
+            [(n, sizes[n], r) for n, r in (p.sizes | p.values).items() if n in sizes and not r[0] <= sizes[n] <= r[2]]
             for p in self.profiles
         ]
         best = min(range(len(outside)), key=lambda i: len(outside[i]))
         if outside[best]:
             name, size, (least, _, most) = outside[best][0]
             raise ValueError(
-                f"{self.name}: {name} is {size}, the plan's profile {self.profiles[best].name!r} takes {least}..{most}; "
-                f"run less at once, or export again with a larger --max-requests, --chunk or --max-context."
+                f"{self.name}: {name} is {size}, the plan's profile {self.profiles[best].name!r} takes "
+                f"{least}..{most}; run less at once, or export again with a larger --max-requests, --chunk or "
+                f"--max-context."
             )
         return best
 
     def run(self, feeds: dict, profile: int, cache: Callable[[str], int] | None = None) -> Results:
-        """feeds: for each input numpy's array, a DeviceArray or Rows of both; what the graph does not use may be there too.
-        cache: address of each cache input. Everything is queued, nothing is waited for."""
+        """feeds: for each input numpy's array, a DeviceArray or Rows of both; what the graph does not use may be there
+        too. cache: address of each cache input. Everything is queued, nothing is waited for."""
         if self._held:  # other libraries' arrays: their memory may be gone once we let go
             self.cuda.wait(self.done, self.name)
         taken = {name: feeds[name] for name, _, _ in self.inputs}

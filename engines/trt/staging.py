@@ -1,6 +1,7 @@
 """The inputs of one engine on their way to the GPU: gathered in pinned memory, sent in one copy.
 
-Knows: where each input of a call lies in one block, in host and in device memory alike. Refuses to know: what inputs are.
+Knows: where each input of a call lies in one block, in host and in device memory alike. Refuses to know: what an input
+means.
 
 The block grows when a call needs more (then `generation` changes, and addresses with it); a call of sizes that were
 there before allocates nothing.

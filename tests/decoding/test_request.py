@@ -121,3 +121,14 @@ def test_the_rule_of_a_request():
     assert greedy.temperature == 0.0 and not (greedy.drawn or greedy.coupled or greedy.filtered)
     own = Request("x", (1,), SamplingParams(10, temperature=1.0))
     assert Sequence(own, True, accept="coupled", limits=LIMITS).coupled
+
+
+def test_waiting_context_is_handed_over_in_parts():
+    sequence = Sequence(Request(0, (1, 2, 3), SamplingParams(4)), speculative=True, limits=Limits(64, 64))
+    for rows in (3, 2):
+        sequence.keep(np.full((rows, 2), rows, np.float32))
+    assert [len(p) for p in sequence.waiting(4)] == [3, 1] and sequence.waiting(0) == []
+    sequence.injected(4)
+    assert (sequence.draft_length, sequence.pending_rows, [len(p) for p in sequence.pending]) == (4, 1, [1])
+    sequence.injected(1)
+    assert (sequence.draft_length, sequence.pending_rows, sequence.pending) == (5, 0, [])

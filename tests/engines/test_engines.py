@@ -11,7 +11,7 @@ from engines.pack import pack_backbone, pack_target
 
 
 def feed(engines, tokens, lengths, first_row=0, last=40):
-    """One target pass with logits for every token (of a request's `last` ones); returns copies of (logits, features)."""
+    """One target pass with logits for every token (of a request's `last` ones); returns (logits, features)."""
     counts = np.array([len(t) for t in tokens], np.int64)
     engines.ensure_capacity(first_row + len(tokens), int(max(lengths)) + int(counts.max()))
     lengths, wanted, S = np.array(lengths, np.int64), np.minimum(counts, last), engines.bundle.max_context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import engines
 from export.__main__ import export
 from export.bundle import copy_tokenizer, kept_calibration, target_entry, written_whole
 from export.gates import Gate
@@ -65,6 +67,35 @@ def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draf
     assert {row["engine"] for row in manifest["parity"]} == set(ENGINES)
     assert all(np.isfinite([row["cosine"], row["norm_ratio"], row["max_abs"]]).all() for row in manifest["parity"])
     assert left_over(tmp_path) == [] and not (out / "tokenizer.json").exists()
+
+
+def test_without_parity_nothing_is_compared_and_it_is_said(tmp_path, pair, monkeypatch):
+    monkeypatch.setattr("export.__main__.load_models", lambda *a: pytest.fail("a model was loaded"))
+    text = io.StringIO()
+    export(*pair, tmp_path / "bundle", parity=False, max_context=64, console=Console(file=text, width=140))
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["parity"] == []
+    assert "parity: skipped; no graph was compared with PyTorch, no output was looked at" in text.getvalue()
+    assert "graphs written: " in text.getvalue() and engines.load(tmp_path / "bundle").bundle.dtype == "fp32"
+
+
+@pytest.mark.parametrize("emulate", ["fp16", "bf16", "int8"])
+def test_an_emulation_is_a_bundle_for_onnx_runtime(tmp_path, pair, emulate):
+    """It loads here, rounds as TensorRT's graphs do, and says what it is."""
+    out = tmp_path / "bundle"
+    export(*pair, out, emulate=emulate, max_context=128, console=QUIET)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["backend"], manifest["dtype"], manifest["emulates"]) == ("onnxruntime", "fp32", emulate)
+    worst = min(row["cosine"] for row in manifest["parity"] if row["engine"] == "target")
+    assert 0.99 < worst < 1 - 1e-9
+    opened = engines.load(out)
+    opened.ensure_capacity(1, 64)
+    assert opened.target_capacity >= 64
+    opened.close()
+
+
+def test_an_emulation_is_of_onnx_runtime_in_fp32(tmp_path, pair):
+    with pytest.raises(ValueError, match="emulate is 'fp16'; it needs backend onnxruntime and dtype fp32, not onnxruntime int8"):
+        export(*pair, tmp_path / "bundle", dtype="int8", emulate="fp16", console=QUIET)
 
 
 def test_a_failed_export_leaves_the_old_bundle(tmp_path, pair, monkeypatch):
@@ -179,3 +210,10 @@ def test_an_export_over_a_calibrated_bundle_keeps_it(tmp_path, pair):
     assert json.loads((out / "manifest.json").read_text())["calibration"] == calibration
     export(target, make_draft(tmp_path / "other", target, seed=9), out, max_context=64, console=QUIET)
     assert "calibration" not in json.loads((out / "manifest.json").read_text())
+
+
+def test_int8_has_no_kernels_on_a_gpu(tmp_path):
+    line = [sys.executable, "-m", "export", "--target", "t", "--draft", "d", "--out", str(tmp_path / "b")]
+    done = subprocess.run([*line, "--dtype", "int8", "--device", "cuda"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "export: dtype is 'int8'; on cuda ONNX Runtime has no kernels for its products, use fp32.\n"

@@ -84,7 +84,7 @@ def test_loading_it_here_is_refused_in_one_sentence(made):
 def test_a_tensorrt_bundle_needs_its_settings(made, tmp_path):
     raw = json.loads((made[1] / "manifest.json").read_text())
     for change, words in (
-        ({"tensorrt": None}, "it must be an object"), ({"dtype": "int8"}, "it must be one of fp16, bf16"),
+        ({"tensorrt": None}, "it must be an object"), ({"dtype": "fp32"}, "it must be one of fp16, bf16, int8"),
         ({"backend": "x"}, "it must be one of onnxruntime"),
     ):  # fmt: skip
         (tmp_path / "manifest.json").write_text(json.dumps({**raw, **change}))
@@ -127,6 +127,18 @@ def test_ctrl_c_leaves_what_was_there(made, tmp_path, monkeypatch):
     assert not [p for p in out.parent.iterdir() if ".partial-" in p.name or ".old-" in p.name]
 
 
+def test_int8_is_weights_alone(made):
+    """The same engines, tensors and caches as fp16; 8-bit weights in the graphs, attention fused."""
+    folder, out, _ = made
+    printed = run(folder, folder / "int8", dtype="int8")
+    bundle, fp16 = Bundle.load(folder / "int8"), Bundle.load(out)
+    assert bundle.dtype == "int8" and "2 of 2 fused" in printed and "1 of 1 fused" in printed and "warning" not in printed
+    for name, spec in bundle.engines.items():
+        assert (spec.inputs, spec.outputs) == (fp16.engines[name].inputs, fp16.engines[name].outputs)
+    size = lambda b: (b.folder / "onnx/target/model.onnx.data").stat().st_size
+    assert size(bundle) < 0.8 * size(fp16)
+
+
 def test_attention_that_is_not_fused_is_a_warning(tmp_path):
     """head_dim 8 has no fused kernel."""
     target = make_target(tmp_path / "target", head_dim=8, layers=2)
@@ -141,9 +153,9 @@ def test_attention_that_is_not_fused_is_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; for the backend tensorrt-rtx it must be one of fp16, bf16."),
+        ({"dtype": "fp32"}, "dtype is 'fp32'; for the backend tensorrt-rtx it must be one of fp16, bf16, int8."),
         ({"backend": "onnxruntime"}, "dtype is 'fp16'; for the backend onnxruntime it must be one of fp32, int8."),
-        ({"backend": "auto", "dtype": "int8"}, "for the backend tensorrt-rtx it must be one of fp16, bf16."),
+        ({"backend": "auto", "dtype": "fp32"}, "for the backend tensorrt-rtx it must be one of fp16, bf16, int8."),
         ({"backend": "tensorrt"}, "install it with pip install tensorrt-cu13, or use --backend tensorrt-rtx."),
         ({"options": PlanOptions(("9.0",))}, "does not compile for compute capability 9.0"),
         ({"options": PlanOptions(("8.9",), max_requests=0)}, "max_requests is 0; it must lie in 1..4096."),

@@ -126,25 +126,52 @@ def test_the_float16_graphs_themselves_agree_with_pytorch(tmp_path):
     check_parity(tmp_path, graphs, *models, folder, dtype="fp16", console=QUIET)
 
 
-def wrong_transpose(g: Graph) -> None:
-    name = next(n for n in g.weights if "o_proj" in n)
-    g.weights[name] = np.ascontiguousarray(g.weights[name].T).reshape(g.weights[name].shape)
+def transposed(array: np.ndarray) -> np.ndarray:
+    """What a forgotten transpose leaves: the numbers in the other order, the shape as it should be."""
+    return np.ascontiguousarray(array.T).reshape(array.shape)
 
 
-def dropped_layer(g: Graph) -> None:
-    """The second layer's MLP adds nothing."""
-    name = next(n for n in g.weights if n.startswith("layers.1.mlp.down_proj"))
-    g.weights[name] = np.zeros_like(g.weights[name])
+def rolled(array: np.ndarray) -> np.ndarray:
+    return np.roll(array, 1, axis=0 if array.shape[0] > 1 else 1)
 
 
-@pytest.mark.parametrize("damage", [wrong_transpose, dropped_layer])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_the_gates_see_a_wrong_graph(tmp_path, damage, dtype):
-    folder, models, graphs = half_graphs(tmp_path, dtype)
-    damage(graphs[0])
+QKV = "layers.0.self_attn.q_proj.k_proj.v_proj.T"
+DAMAGE = {  # what is wrong: engine, its weight (up to the suffix of its precision), what becomes of it
+    "target, wrong transpose": ("target", "layers.2.self_attn.o_proj.T", transposed),
+    "target, heads in another order": ("target", QKV, lambda a: np.roll(a, 8, axis=1)),
+    "target, a layer without its MLP": ("target", "layers.1.mlp.down_proj.T", np.zeros_like),
+    "target, a layer without attention": ("target", "layers.1.self_attn.o_proj.T", np.zeros_like),
+    "backbone, wrong transpose": ("backbone", "layers.0.self_attn.o_proj.T", transposed),
+    "backbone, a layer without its MLP": ("backbone", "layers.0.mlp.down_proj.T", np.zeros_like),
+    "backbone, features in another order": ("backbone", "fc.T", rolled),
+    "markov, wrong transpose": ("markov", "markov_head.markov_w2.weight.T", transposed),
+    "markov, no bias of the token before": ("markov", "markov_head.markov_w1.weight", np.zeros_like),
+    "confidence, inputs in another order": ("confidence", "confidence_head.proj.T", rolled),
+    "verify, draft ids of other tokens": ("verify", "draft_to_target", lambda a: np.roll(a, 1)),
+}
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def whole(request, tmp_path_factory):
+    """(dtype, target's folder, models, function that gives the graphs anew)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    target, models, _ = half_graphs(folder, request.param, draft_vocab=40)
+    build = lambda: build_graphs(*models, dtype=request.param, max_context=CONTEXT, static_cache=CACHE)
+    return request.param, target, models, build
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_the_gates_see_what_is_wrong_in_every_engine(tmp_path, whole, what):
+    dtype, folder, models, build = whole
+    engine, weight, change = DAMAGE[what]
+    graphs = build()
+    damaged = next(g for g in graphs if g.name == engine)
+    name = next(n for n in damaged.weights if n.removesuffix(".float16").removesuffix(".bfloat16") == weight)
+    before, damaged.weights[name] = damaged.weights[name], change(damaged.weights[name])
+    assert before.shape == damaged.weights[name].shape and (before != damaged.weights[name]).any()
     for graph in graphs:
         graph.save(tmp_path / "onnx" / graph.name)
-    with pytest.raises(ValueError, match=rf"^parity: target, .* is outside the {dtype} gate"):
+    with pytest.raises(ValueError, match=rf"^parity: {engine}, .* is outside the {dtype} gate"):
         with runnable(tmp_path, graphs, dtype) as (at, runnables):
             check_parity(at, runnables, *models, folder, dtype=dtype, console=QUIET)
 

@@ -51,7 +51,7 @@ def serve(monkeypatch):
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         running.append((server, thread))
         return f"http://127.0.0.1:{server.server_port}/v1", seen
@@ -134,7 +134,7 @@ def test_a_server_that_answers_nobody_ends_the_run(reply, words, serve):
     url, seen = serve(lambda body, n: reply)
     with pytest.raises(ValueError, match=words):
         collected(Server(url, "m", concurrency=2))
-    assert len(seen) < 9
+    assert len({body["seed"] for _, body, _ in seen}) < 9
 
 
 def test_a_server_that_is_not_there(monkeypatch):
@@ -145,7 +145,11 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"api": "soap"}, "api is 'soap'"), ({"url": "host:8000"}, "url is 'host:8000'"), ({"concurrency": 0}, "concurrency is 0")],
+    [
+        ({"api": "soap"}, "api is 'soap'"),
+        ({"url": "host:8000"}, "url is 'host:8000'"),
+        ({"concurrency": 0}, "concurrency is 0"),
+    ],
 )
 def test_a_server_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words):
@@ -161,5 +165,11 @@ def test_logged_answers_and_chats_without_one(caplog):
 
 
 def test_engines_that_cannot_run_say_why(tmp_path):
-    with pytest.raises(ValueError, match="`python -m decoding generate` failed: .*bundle"):
-        list(from_engines(tmp_path / "bundle", JOBS, Asking()))
+    run = lambda hashed: list(from_engines(tmp_path, hashed, JOBS, Asking()))
+    with pytest.raises(ValueError, match="is no bundle: it holds no manifest.json"):
+        run("a")
+    (tmp_path / "manifest.json").write_text(json.dumps({"target": {"hash": "a", "name": "other"}}))
+    with pytest.raises(ValueError, match="was exported from another target .other."):
+        run("b")
+    with pytest.raises(ValueError, match="`python -m decoding generate` failed: .*manifest.json"):
+        run("a")

@@ -32,7 +32,8 @@ def target(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     marks = "{% for m in messages %}<user> {{ m.content }} <end> {% endfor %}"
     think = "{% if enable_thinking %}w59 {% endif %}"
-    (folder / "chat_template.jinja").write_text(marks + "{% if add_generation_prompt %}<answer> " + think + "{% endif %}")
+    last = "{% if add_generation_prompt %}<answer> " + think + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(marks + last)
     return folder
 
 
@@ -93,12 +94,13 @@ def test_a_corrupt_shard_is_one_sentence(target, source, tmp_path):
     collect(plan(target, tmp_path / "d", source, count=12), quiet)
     shard = tmp_path / "d" / "shard-00-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-40])
-    for again in (lambda: collect(plan(target, tmp_path / "d", source, count=12), quiet), lambda: load_sequences(tmp_path / "d")):
+    go_on = lambda: collect(plan(target, tmp_path / "d", source, count=12), quiet)
+    for again in (go_on, lambda: load_sequences(tmp_path / "d")):
         with pytest.raises(ValueError, match="shard-00-00000.safetensors is corrupt .*; remove it") as caught:
             again()
         assert "\n" not in str(caught.value)
     shard.unlink()
-    assert collect(plan(target, tmp_path / "d", source, count=12), quiet)["answered"] == 9
+    assert go_on()["answered"] == 9
 
 
 def test_our_own_engines_answer_as_the_target_does(target, source, tmp_path):
@@ -113,7 +115,8 @@ def test_our_own_engines_answer_as_the_target_does(target, source, tmp_path):
 
 def test_logs_are_kept_with_the_answers_that_they_have(target, tmp_path, caplog):
     user, answer = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}
-    logs = [[user, answer], [{"role": "user", "content": "w4"}], [{"role": "system", "content": "w9"}, user | {"content": "w5"}, answer]]
+    system = {"role": "system", "content": "w9"}
+    logs = [[user, answer], [user | {"content": "w4"}], [system, user | {"content": "w5"}, answer]]
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.json").write_text(json.dumps([{"messages": log} for log in logs]))
     source = tmp_path / "logs"

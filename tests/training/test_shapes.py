@@ -15,8 +15,10 @@ from training.shapes import SHAPES, draft_shape, main, write_random
 from training.target import TIED, TargetModel
 from training.weights import stored_tensors
 
-SMALL = replace(SHAPES["qwen3-0.6b"], vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=16,
-                num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+SMALL = replace(
+    SHAPES["qwen3-0.6b"], vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
 
 
 def parameters(module, *without: str) -> int:
@@ -31,8 +33,10 @@ def test_the_shapes_have_their_published_sizes(name, millions):
 
 def test_the_draft_has_the_published_shape():
     config = draft_shape(SHAPES["qwen3-4b"])
-    assert (config.block_size, config.markov_rank, config.decoder.num_hidden_layers, config.decoder.vocab_size) == (7, 256, 5, 151936)
-    assert config.target_layer_ids == (1, 9, 17, 25, 33) and draft_shape(SHAPES["qwen3-0.6b"]).target_layer_ids == (1, 7, 13, 19, 25)
+    assert (config.block_size, config.markov_rank) == (7, 256)
+    assert (config.decoder.num_hidden_layers, config.decoder.vocab_size) == (5, 151936)
+    assert config.target_layer_ids == (1, 9, 17, 25, 33)
+    assert draft_shape(SHAPES["qwen3-0.6b"]).target_layer_ids == (1, 7, 13, 19, 25)
     with torch.device("meta"):
         assert parameters(DraftModel(config)) > 1.3e9
 
@@ -55,6 +59,7 @@ def test_what_it_does_not_know_is_one_sentence():
 
     app = typer.Typer()
     app.command()(main)
-    for options, words in ((["--shape", "x"], "must be one of qwen3-0.6b, qwen3-4b."), (["--shape", "qwen3-4b", "--layers", "1"], "2 or more.")):
+    refused = {"must be one of qwen3-0.6b, qwen3-4b.": ["--shape", "x"], "2 or more.": ["--shape", "qwen3-4b", "--layers", "1"]}
+    for words, options in refused.items():
         done = CliRunner().invoke(app, [*options, "--out", "nowhere"])
         assert done.exit_code == 1 and done.output.strip().endswith(words)

@@ -10,6 +10,7 @@ import pytest
 from training.sources import TOO_ALIKE, Benchmarks, Chat, ngrams, once, parse, read, write_chats
 
 ASKED = (("user", "How many hens?"),)
+USER, HUMAN = {"role": "user", "content": "How many hens?"}, {"from": "human", "value": "How many hens?"}
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,11 @@ ASKED = (("user", "How many hens?"),)
         ({"question": "How many hens?", "kind": "maths"}, Chat(ASKED, "maths")),
         ({"turns": ["How many hens?", "And cows?"]}, Chat(ASKED)),
         ({"instruction": "Sort.", "input": "b a"}, Chat((("user", "Sort.\n\nb a"),))),
-        ({"messages": [{"role": "user", "content": "How many hens?"}, {"role": "assistant", "content": "9"}]}, Chat(ASKED, answer="9")),
-        ([{"role": "user", "content": "How many hens?"}], Chat(ASKED)),
-        ({"conversations": [{"from": "human", "value": "How many hens?"}, {"from": "gpt", "value": "9"}]}, Chat(ASKED, answer="9")),
+        ({"messages": [USER, {"role": "assistant", "content": "9"}]}, Chat(ASKED, answer="9")),
+        ([USER], Chat(ASKED)),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "9"}]}, Chat(ASKED, answer="9")),
     ],
-)  # fmt: skip
+)
 def test_the_forms_that_chats_have(record, chat):
     assert parse(record) == chat
 
@@ -110,7 +111,8 @@ def bench(*texts):
 
 def test_what_a_benchmark_asks_is_left_out():
     story = "A farmer has nine hens and every hen lays four eggs a week except in winter when none does."
-    benchmarks = bench(story, "Count the odd numbers below one hundred and add them up twice.", "Name a prime between ten and twenty.")
+    others = "Count the odd numbers below one hundred and add them up twice.", "Name a prime between ten and twenty."
+    benchmarks = bench(story, *others)
     near = "In a village " + story.replace("nine hens", "eleven hens")
     kept, out, overlap = benchmarks.split(
         Chat((("user", text),)) for text in (story + SUFFIX, story, near, "What is the capital of Peru?" + SUFFIX)

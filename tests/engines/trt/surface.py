@@ -138,9 +138,10 @@ def is_module(node: ast.expr, name: str) -> bool:
 
 
 def cudart_uses(source: str) -> list[tuple[str, str, int | None]]:
-    """(name, its member or "", arguments of the call or None where it is not called) of every `cudart.NAME[.MEMBER]`."""
+    """(name, its member or "", arguments of the call, None where it is not called) of every `cudart.NAME[.MEMBER]`."""
     tree = ast.parse(source)
-    calls = {id(node.func): len(node.args) + len(node.keywords) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    called = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = {id(node.func): len(node.args) + len(node.keywords) for node in called}
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""Full decodes through the loop, on the double: the same tokens as ONNX Runtime's engines, and what may leave the GPU."""
+"""Full decodes through the loop on the double: the tokens of ONNX Runtime's engines, and what may leave the GPU."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ PROFILES = profiles_of(LIMITS)
 
 
 def test_sizes_are_few_and_never_smaller():
-    assert [wider(n, 1000) for n in (0, 1, 2, 3, 5, 8, 9, 11, 16, 17, 33, 100)] == [0, 1, 2, 4, 8, 8, 10, 12, 16, 20, 40, 112]
+    sizes = (0, 1, 2, 3, 5, 8, 9, 11, 16, 17, 33, 100)
+    assert [wider(n, 1000) for n in sizes] == [0, 1, 2, 4, 8, 8, 10, 12, 16, 20, 40, 112]
     assert all(n <= wider(n, 10**6) <= 1.34 * n for n in range(8, 3000))
     assert wider(90, 92) == 92 and len({wider(n, 512) for n in range(1, 513)}) < 30
 

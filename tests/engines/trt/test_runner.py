@@ -14,8 +14,12 @@ from engines.arrays import Rows, to_host
 from engines.base import ConfidenceBatch, MarkovBatch
 from engines.pack import pack_backbone, pack_target
 from engines.tensorrt import TensorRtEngines
+from engines.trt.array import DeviceArray
+from engines.trt.cuda import Cuda
+from engines.trt.device import gpu_capability
 from tests.decoding.drive import drive, prompts, requests, tokens
 from tests.engines.test_engines import feed, random_ids
+from tests.engines.trt.double.cudart import Cudart
 from tests.engines.trt.double.machine import machine
 
 TEXTS = prompts(8)
@@ -108,15 +112,12 @@ def test_arrays_of_other_libraries_go_in_and_out(opened, gpu):
     assert about["strides"] is None and about["data"] == (backbone.hidden.address, False)
     assert about["stream"] == opened.cuda.handle and backbone.hidden[:0].__cuda_array_interface__["data"][0] == 0
     own = opened.markov(MarkovBatch.greedy(backbone.hidden, backbone.base_logits, zero, 64)).draft_tokens.copy()
-    other = gpu.stream(opened.cuda.handle, "test")
-    from tests.engines.trt.double.cudart import Cudart
-
     _, other = Cudart(gpu).cudaStreamCreateWithFlags(1)
     foreign = Foreign(backbone.base_logits, stream=int(other), strides=(4 * 40 * 4, 4 * 40, 4))
     uploads = gpu.calls["cudaMemcpyAsync"]
     result = opened.markov(MarkovBatch.greedy(backbone.hidden, foreign, zero, 64))
     assert (result.draft_tokens == own).all() and gpu.calls["cudaStreamWaitEvent"] == 1
-    assert gpu.calls["cudaMemcpyAsync"] == uploads + 3  # anchors up, tokens and indices down: the logits lie where they are
+    assert gpu.calls["cudaMemcpyAsync"] == uploads + 3  # anchors up, tokens and indices down
     Cudart(gpu).cudaStreamDestroy(other)
     wrong = {
         "mask": (Foreign(backbone.base_logits, mask=1), "has a mask"),
@@ -131,9 +132,28 @@ def test_arrays_of_other_libraries_go_in_and_out(opened, gpu):
 
 @pytest.mark.parametrize("library", ["pycuda", "cupy"])
 def test_a_real_librarys_array(library):
-    """Both need a GPU to be of use; importing them is the least."""
-    pytest.importorskip("pycuda.gpuarray" if library == "pycuda" else "cupy")
-    pytest.skip("needs a GPU")  # its arrays are looked at in docs/tensorrt.md's example
+    """Our memory as its array and back, without a copy. Needs the library and a GPU."""
+    found = pytest.importorskip(library)
+    if gpu_capability() is None:
+        pytest.skip("there is no GPU")
+    cuda, numbers = Cuda(), np.arange(8, dtype=np.float32).reshape(2, 4)
+    try:
+        address, pinned = cuda.allocate(32, "numbers"), cuda.allocate_pinned(32, "numbers")
+        pinned.view(np.float32)[:] = numbers.reshape(-1)
+        cuda.upload(address, pinned, 32)
+        cuda.synchronize()
+        ours = DeviceArray(cuda, address, (2, 4), np.dtype(np.float32), address + 32)
+        if library == "cupy":
+            theirs = found.asarray(ours)
+        else:
+            import pycuda.autoprimaryctx  # noqa: F401
+            from pycuda.gpuarray import GPUArray
+
+            theirs = GPUArray(ours.shape, ours.dtype, gpudata=ours.address)
+        np.testing.assert_array_equal(theirs.get(), numbers)
+        assert DeviceArray.of(cuda, theirs, "test").address == address
+    finally:
+        cuda.close()
 
 
 def test_rows_on_both_sides_are_put_next_to_each_other(opened):
@@ -153,7 +173,8 @@ def test_rows_on_both_sides_are_put_next_to_each_other(opened):
 
 def test_a_device_array_has_few_words(opened):
     opened.ensure_capacity(1, 60)
-    logits = opened.target(pack_target([[1, 2, 3]], np.array([0]), np.array([3]), opened.target_capacity, 512)[0]).logits
+    batch, _, _ = pack_target([[1, 2, 3]], np.array([0]), np.array([3]), opened.target_capacity, 512)
+    logits = opened.target(batch).logits
     whole = logits.numpy()
     assert (logits.shape, logits.ndim, len(logits), logits.dtype) == ((3, 64), 2, 3, np.float32)
     np.testing.assert_array_equal(logits[1:].numpy(), whole[1:])

@@ -13,7 +13,8 @@ OK = real.cudaError_t.cudaSuccess
 ILLEGAL = real.cudaError_t.cudaErrorIllegalAddress
 NO_MEMORY = real.cudaError_t.cudaErrorMemoryAllocation
 ALWAYS = ("cudaGetErrorName", "cudaGetErrorString", "cudaGetLastError")  # answer after a failure too
-FORBIDDEN = ("cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaStreamSynchronize", "cudaEventSynchronize")
+WAITING = ("cudaStreamSynchronize", "cudaEventSynchronize")
+FORBIDDEN = ("cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", *WAITING)  # while a stream records
 KINDS = {
     real.cudaMemcpyKind.cudaMemcpyHostToDevice: (DEVICE, PINNED),
     real.cudaMemcpyKind.cudaMemcpyDeviceToHost: (PINNED, DEVICE),

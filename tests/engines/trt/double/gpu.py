@@ -1,7 +1,7 @@
 """The machine behind the double: memory at addresses that are nobody's, streams that do nothing until somebody waits.
 
-Stricter than a GPU: what a real one would answer with other numbers, a crash or silence is a `problem` here, and raised.
-Work that is queued runs when the host waits for it, never before: whoever reads too early reads what was there.
+Stricter than a GPU: what a real one would answer with other numbers, a crash or silence is a `problem` here, and
+raised. Work that is queued runs when the host waits for it, never before: whoever reads too early reads what was there.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Recorded:
 
 
 class Gpu:
-    """capacity: bytes of device memory. calls: how often each runtime function was called. downloaded, uploaded: bytes by
-    tensor name ("?" = unknown)."""
+    """capacity: bytes of device memory. calls: how often each runtime function was called. downloaded, uploaded: bytes
+    by tensor name ("?" = unknown)."""
 
     def __init__(self, capability: str = "8.9", capacity: int = 1 << 32):
         self.capability, self.capacity = capability, capacity

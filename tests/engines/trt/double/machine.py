@@ -63,8 +63,8 @@ def double_bundle(
 
 @contextmanager
 def machine(backend: str = "tensorrt", **gpu) -> Iterator[Gpu]:
-    """A Gpu that `import tensorrt` (or tensorrt_rtx) and cuda.bindings.runtime lead to meanwhile. At the end it must have
-    no problem, and everything must have been given back."""
+    """A Gpu that `import tensorrt` (or tensorrt_rtx) and cuda.bindings.runtime lead to meanwhile. At the end it must
+    have no problem, and everything must have been given back."""
     double = Gpu(**gpu)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, MODULES[backend], Module(double))
