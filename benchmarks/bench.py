@@ -64,8 +64,9 @@ def number(value: float | None, digits: int) -> str:
 
 
 def in_process(
-    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, stack: ExitStack
-) -> Runner:
+    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, stack: ExitStack,
+    device: str | None = None,
+) -> Runner:  # fmt: skip
     """Engines in this process, of every mode its own. A mode keeps its scheduler through a group, as a server does."""
     import engines
 
@@ -73,7 +74,7 @@ def in_process(
 
     from .inprocess import Lane, together
 
-    opened = {mode: engines.load(bundle) for mode in modes}
+    opened = {mode: engines.load(bundle, device=device) for mode in modes}
     for own in opened.values():
         stack.callback(own.close)
     prompts = {kind: encode(bundle, chosen) for kind, chosen in items.items()}
@@ -92,9 +93,11 @@ def in_process(
 
 
 def over_grpc(
-    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, slots: int, stack: ExitStack
-) -> Runner:
+    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, slots: int, stack: ExitStack,
+    device: str | None = None,
+) -> Runner:  # fmt: skip
     """A Triton server for each mode that drafts, idle while it is not asked; `none` is speculative = false at one."""
+    from triton_repo.placement import Placement
     from triton_repo.repository import Settings
     from triton_repo.runtime import Ports
     from triton_repo.server import TritonServer
@@ -104,7 +107,8 @@ def over_grpc(
     servers: dict[str, TritonServer] = {}
     for mode in [m for m in modes if m != "none"] or ["none"]:
         settings = Settings(schedule=mode, threshold=threshold, max_requests=slots)
-        server = TritonServer(bundle, settings=settings, ports=Ports(0, 0, 0), say=lambda sentence: None)
+        where = dict(placement=Placement.of(device or "cpu"), ports=Ports(0, 0, 0))
+        server = TritonServer(bundle, settings=settings, **where, say=lambda sentence: None)
         servers[mode] = stack.enter_context(server)
     servers.setdefault("none", next(iter(servers.values())))
 
@@ -221,6 +225,7 @@ def main(
     ] = None,
     url: Annotated[str | None, typer.Option(help="host:port of a running server (gRPC); no bundle is opened")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="1 and 8 users, two kinds, short windows")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the bundle's own")] = None,
     out: Path = Path("build/bench.json"),
 ) -> None:
     """Measures the chosen cells and puts them into `out` (what is not per cell: the .meta.json beside it)."""
@@ -240,13 +245,13 @@ def main(
     except ValueError as error:
         bundles.fail(str(error))
     seconds = seconds or (1.2 if quick else 3.0)
-    run = {**provenance(), "max_tokens": max_tokens, "seconds": seconds, "repeats": repeats, "threshold": threshold}
+    run = {**provenance(), "device": device or "", "max_tokens": max_tokens, "seconds": seconds, "repeats": repeats, "threshold": threshold}
     run["prompts"] = {kind: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for kind, file in files.items()}
-    same = {"machine": run["machine"], "url": url}
+    same = {"machine": run["machine"], "url": url} | ({"device": device} if device else {})
     if not url:
         manifest = bundles.ensure(target, draft, bundle, dtype)
         if set(names) & set(bundles.LOAD_AWARE):
-            bundles.ensure_profile(bundle)
+            bundles.ensure_profile(bundle, device)
             manifest = json.loads((bundle / "manifest.json").read_text())
         run |= {name: (manifest.get(key) or {}).get("date") for name, key in (("profile", "sps"), ("calibration",) * 2)}
         same["bundle"] = fingerprint(manifest)
@@ -256,12 +261,12 @@ def main(
             runners: dict[str, Runner] = {}
             with console.status("opening the engines"):
                 if "in_process" in wanted:
-                    runners["in_process"] = in_process(bundle, items, names, threshold, stack)
+                    runners["in_process"] = in_process(bundle, items, names, threshold, stack, device)
                 served = [level for level in levels if "grpc" in wanted and level in grpc_levels]
                 if served and url:
                     runners["grpc"] = at_url(url, items)
                 elif served:
-                    runners["grpc"] = over_grpc(bundle, items, names, threshold, max(served), stack)
+                    runners["grpc"] = over_grpc(bundle, items, names, threshold, max(served), stack, device)
             for level in levels:
                 here = {path: runners[path] for path in runners if path == "in_process" or level in served}
                 for kind in files if here else ():

@@ -53,34 +53,35 @@ def ensure(target: Path, draft: Path, bundle: Path, dtype: str) -> dict:
     return json.loads((bundle / "manifest.json").read_text())
 
 
-def ensure_profile(bundle: Path) -> None:
+def ensure_profile(bundle: Path, device: str | None = None) -> None:
     """Profiles `bundle` when it has no profile that holds for this machine, these engines and their default threads.
 
     Raises typer.Exit after one sentence when the engines cannot be opened or the profile fails.
     """
-    reason = unprofiled(bundle)
+    reason = unprofiled(bundle, device)
     if not reason:
         return
     print(f"profile: {reason} Measuring the engines of {bundle} now, a minute or two.", flush=True)
     command = [sys.executable, "-m", "engines", "profile", "--bundle", str(bundle), "--quick"]
+    command += ["--device", device] if device else []
     if subprocess.run(command).returncode:
         fail(f"The profile of {bundle} failed; its message is above.")
-    reason = unprofiled(bundle)
+    reason = unprofiled(bundle, device)
     if reason:
         fail(f"The profile of {bundle} ended well, but it is refused: {reason}")
 
 
-def load(bundle: Path) -> Engines:
-    """The engines of `bundle`. Raises typer.Exit after one sentence when they cannot be opened."""
+def load(bundle: Path, device: str | None = None) -> Engines:
+    """The engines of `bundle`; device: of engines.load. Raises typer.Exit after one sentence when they cannot be opened."""
     try:
-        return engines.load(bundle)
-    except BundleError as error:
+        return engines.load(bundle, device=device)
+    except ValueError as error:  # BundleError is one
         fail(str(error))
 
 
-def unprofiled(bundle: Path) -> str | None:
+def unprofiled(bundle: Path, device: str | None = None) -> str | None:
     """Why the load-aware schedulers cannot run on `bundle` here, one sentence; None when they can."""
-    opened = load(bundle)
+    opened = load(bundle, device)
     try:
         Sps.of(opened)
     except BundleError as error:

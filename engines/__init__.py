@@ -33,9 +33,9 @@ def load(
 
         return TensorRtEngines(bundle, device=place.index if place else 0)
     if place is not None and place.kind == "cuda":
-        from .onnxruntime_cuda import CudaEngines
+        from .onnxruntime_cuda import DeviceEngines
 
-        return CudaEngines(bundle, place.index, threads=threads)
+        return DeviceEngines(bundle, place, threads=threads)
     from .onnxruntime import OnnxRuntimeEngines
 
     return OnnxRuntimeEngines(bundle, threads=threads)

@@ -85,6 +85,7 @@ def profile(
         Optional[float], typer.Option(help="Time for the measuring, about (200; with --quick 25).")
     ] = None,
     threads: Annotated[Optional[int], typer.Option(help="Threads of an engine; default: physical cores.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; default: the bundle's own.")] = None,
 ) -> None:
     """Measures what a step costs here and writes it into the manifest, for the schedulers causal and lagged.
 
@@ -96,7 +97,7 @@ def profile(
     from .profile import profile as measured
 
     try:
-        loaded = load(bundle, threads=threads)
+        loaded = load(bundle, threads=threads, device=device)
         options = dict(
             requests=_numbers("requests", requests, QUICK_REQUESTS if quick else REQUESTS),
             contexts=_numbers("contexts", contexts, QUICK_CONTEXTS if quick else CONTEXTS),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
+from typer.testing import CliRunner
 
 import engines
 from decoding.loop import Loop
 from decoding.request import Request, SamplingParams
 from decoding.schedule import make
 from engines import BundleError, onnxruntime_cuda
+from engines.__main__ import app
 from engines.arrays import Rows
 from engines.assignment import Node
 from engines.bundle import Bundle
@@ -18,6 +20,7 @@ from engines.device_memory import GROWTH, DeviceArray, DeviceCaches, Memory
 from engines.devices import Device
 from engines.onnxruntime_cuda import DeviceEngines
 from engines.pack import pack_target
+from engines.profile import profile
 
 RNG = np.random.default_rng(0)
 
@@ -184,3 +187,15 @@ def test_no_room_is_one_sentence_and_leaves_caches_that_work(monkeypatch):
         caches.ensure(1 << 30, 1 << 20)
     assert (caches.rows, caches.capacity, len(caches.values)) == (1, GROWTH, 2)
     caches.ensure(2, 300)
+
+
+def test_the_profile_measures_these_engines_too(on_device):
+    table = profile(on_device, requests=(1, 2), contexts=(16,), quick=True, seconds=0.2, write=False)
+    assert table["provider"] == on_device.provider and table["target"] and table["draft"]
+
+
+def test_commands_end_in_one_sentence_without_a_gpu(bundle):
+    done = CliRunner().invoke(app, ["profile", "--bundle", str(bundle), "--device", "cuda"])
+    assert done.exit_code == 1
+    done = CliRunner().invoke(app, ["profile", "--bundle", str(bundle), "--device", "gpu"])
+    assert done.exit_code == 1 and "device is 'gpu'; it must be cpu, cuda or cuda:N." in done.output
