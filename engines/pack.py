@@ -59,7 +59,7 @@ def pack_backbone(
     max_context: int,
     first_row: int = 0,
 ) -> BackboneBatch:
-    """New context `features[r]` (pieces [.., L*d], numpy's or a device's; `counts` [R] rows in all) behind `lengths` [R]
+    """New context `features[r]` (pieces [.., L*d], numpy's or a device's; `counts` [R] rows) behind `lengths` [R]
     injected positions, then the block of `anchors` [R] (token ids). A block sees all of its context and, in both
     directions, itself."""
     R, Q = len(anchors), int(counts.max()) + G

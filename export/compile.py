@@ -20,7 +20,7 @@ from training.target import TargetModel
 
 from .graph import Graph
 
-BASE_BYTES, WEIGHT_COPIES = 400 << 20, 3  # what a build was seen to take: the library, and the weights so many times
+BASE_BYTES, WEIGHT_COPIES = 400 << 20, 2.6  # what a build was seen to take: the library, and the weights so many times
 TABLE_WIDTH = 110
 
 

@@ -4,10 +4,13 @@ from pathlib import Path
 import pytest
 
 import engines
+from engines.bundle import Bundle
+from engines.devices import Device
+from engines.onnxruntime_cuda import DeviceEngines
 from tests.bundles import tiny_bundle
 from tests.engines.trt.double.machine import double_bundle, machine
 
-KINDS = ["onnxruntime", "tensorrt"]
+KINDS = ["onnxruntime", "device", "tensorrt"]
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,9 @@ def opened(kind: str, bundle: Path, double: Path):
     if kind == "onnxruntime":
         yield engines.load(bundle, threads=1)
         return
+    if kind == "device":
+        yield DeviceEngines(Bundle.load(bundle), Device("cpu"), threads=1)
+        return
     with machine():
         runner = engines.load(double)
         yield runner
@@ -39,7 +45,8 @@ def loaded(bundle):
 
 @pytest.fixture(scope="module", params=KINDS)
 def either(request, bundle, double):
-    """Engines of the same models: ONNX Runtime's, and TensorRT's runner on the double of a GPU."""
+    """Engines of the same models: ONNX Runtime's, its engines of a device on the CPU, and TensorRT's runner on the double
+    of a GPU."""
     with opened(request.param, bundle, double) as found:
         yield found
 

@@ -70,6 +70,7 @@ def test_info_lists_the_plans(made):
     assert "plans/sm89/target.plan" in done.output and "2 of 2 attentions fused" in done.output
 
 
+@pytest.mark.skipif(gpu_capability() == "8.9", reason="its plans fit this machine's GPU")
 def test_loading_it_here_is_refused_in_one_sentence(made):
     with pytest.raises(BundleError) as error:
         engines.load(made[1])

@@ -111,7 +111,8 @@ def test_commands_are_options_of_serve(dockerfile):
     options = {o for p in get_command(app).commands["serve"].params for o in p.opts}
     lines = [json.loads(steps(dockerfile, name)[-1]) for name in ("ENTRYPOINT", "CMD")]
     lines += [service["command"] for service in yaml_of("compose.yaml")[0]["services"].values()]
-    lines += [pod["containers"][0]["args"] for pod in (kserve_pod(), yaml_of("kubernetes.yaml")[0]["spec"]["template"]["spec"])]
+    pods = kserve_pod(), yaml_of("kubernetes.yaml")[0]["spec"]["template"]["spec"]
+    lines += [pod["containers"][0]["args"] for pod in pods]
     given = {word for line in lines for word in line if word.startswith("--")}
     assert {"--bundle", "--device", "--address", "--profile"} == given <= options
 
@@ -168,9 +169,7 @@ def test_kserve():
     assert container["name"] == "kserve-container"  # the name that KServe looks for
     deployment = yaml_of("kubernetes.yaml")[0]["spec"]["template"]["spec"]
     same = lambda c: {k: v for k, v in c.items() if k not in ("name", "ports")}
-    assert same(container) == {
-        **same(deployment["containers"][0])
-    } and pod["volumes"] == deployment["volumes"]
+    assert same(container) == same(deployment["containers"][0]) and pod["volumes"] == deployment["volumes"]
 
 
 def test_kubernetes_check_can_fail():
