@@ -19,3 +19,8 @@ def test_the_cpu_by_name(bundle):
     loaded = engines.load(bundle, threads=1, device="cpu")
     assert loaded.provider == "CPUExecutionProvider"
     loaded.close()
+
+
+def test_plans_run_on_a_gpu_alone(double):
+    with pytest.raises(engines.BundleError, match="device is 'cpu'; tensorrt plans run on a GPU .cuda or cuda:N."):
+        engines.load(double, device="cpu")
