@@ -104,7 +104,10 @@ class _Connection:
         return self.answers.empty()
 
     def close(self, *, cancel: bool = False) -> None:
+        stream = self.grpc._stream
         self.grpc.stop_stream(cancel_requests=cancel)
+        if cancel and stream is not None:  # tritonclient would leave the thread that waits for requests behind
+            stream._request_queue.put(None)
         self.grpc.close()
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,6 +44,16 @@ def test_closing_the_stream(client):
 
 def test_forgetting_the_stream(client):
     next(client.stream("forget", **LONG))
+
+
+def test_a_cancelled_stream_leaves_no_thread_behind(client):
+    """An application that cancels often would collect them: tritonclient does not end its request thread."""
+    before = set(threading.enumerate())
+    for _ in range(4):
+        stream = client.stream("leave", **LONG)
+        next(stream)
+        stream.close()
+    wait_until(lambda: not set(threading.enumerate()) - before, "the end of the streams' threads", 20)
 
 
 def test_deadline(server):
