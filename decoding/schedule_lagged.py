@@ -18,7 +18,9 @@ from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
-PATIENCE = 1.0  # rounds' worth of loss until the draft is skipped: a pool of 24 blocks is a noisy witness
+# Rounds' worth of loss until the draft is skipped, with one request (shared by more of them), and at least: a pool of 24
+# blocks is a noisy witness, and with one request the same one for 24 rounds.
+PATIENCE, LEAST_PATIENCE = 1.0, 0.2
 # Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the
 # search's best is the luckiest of many, so a promise of 1.00 means less than that.
 LOW, HIGH = 1.02, 1.04
@@ -59,10 +61,10 @@ class Lagged(LoadAware):
     nothing to look back on, use Algorithm 1.
 
     Where the search finds no budget that beats plain decoding, the draft itself is skipped, once that has cost PATIENCE
-    rounds; then a few requests are drafted for now and then, the rarer the longer it does not pay (FIRST_WAIT to
-    LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of them together lose no
-    more than SHARE of the time (one that gains pays for others). A table that is wrong is corrected by what rounds
-    really take, which needs a plain round now and then while the draft pays.
+    rounds (less with more requests); then a few requests are drafted for now and then, the rarer the longer it does not
+    pay (FIRST_WAIT to LONGEST_WAIT rounds), and soon again after one whose blocks would have paid, as long as all of
+    them together lose no more than SHARE of the time (one that gains pays for others). A table that is wrong is
+    corrected by what rounds really take, which needs a plain round now and then while the draft pays.
     """
 
     def __init__(self, sps: Sps):
@@ -94,7 +96,7 @@ class Lagged(LoadAware):
         gain = self._search(load.requests, load.plain, load.prefill, load.context).gain
         if not self._skipping:
             self._loss = max(self._loss + LOW - gain, 0.0)
-            if self._loss < PATIENCE:
+            if self._loss < max(PATIENCE / R, LEAST_PATIENCE):
                 return 0 if self._audited(load) else R
             self._skipping, self._wait, self._since = True, FIRST_WAIT, 0
         elif gain > HIGH:
