@@ -25,8 +25,13 @@ def tiny_graphs(
     """The five graphs of a random target and draft, saved under folder/NAME. Fused attention needs a head_dim of 16 to
     256."""
     target = make_target(folder / "checkpoint", family=family, head_dim=head_dim, layers=depth)
-    models = load_models(target, make_draft(folder / "draft", target, **draft), MAX_CONTEXT)
-    graphs = build_graphs(*models[:2], dtype=dtype, max_context=MAX_CONTEXT, static_cache=LIMITS.cache)
+    return graphs_of(target, make_draft(folder / "draft", target, **draft), folder, dtype, LIMITS)
+
+
+def graphs_of(target: Path, draft: Path, folder: Path, dtype: str, limits) -> dict[str, Graph]:
+    """The five graphs of two checkpoints, saved under folder/NAME."""
+    models = load_models(target, draft, MAX_CONTEXT)
+    graphs = build_graphs(*models[:2], dtype=dtype, max_context=MAX_CONTEXT, static_cache=limits.cache)
     for graph in graphs:
         graph.save(folder / graph.name)
     return {graph.name: graph for graph in graphs}

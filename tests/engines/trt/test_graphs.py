@@ -7,8 +7,17 @@ import pytest
 
 from engines.trt.api import load_api
 from engines.trt.build import compile_graph
-from tests.engines.trt.graphs import BLOCK, PROFILES, job, tiny_graphs
+from engines.trt.profiles import limits_for, profiles_of
+from tests.engines.trt.graphs import BLOCK, PROFILES, graphs_of, job, tiny_graphs
+from training.decoder_config import DecoderConfig, RopeConfig
+from training.shapes import write_random
 
+SMOLLM2 = DecoderConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+    num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope=RopeConfig(theta=1e5), max_position_embeddings=8192,
+    qk_norm=False, tie_word_embeddings=True, model_type="llama",
+)  # fmt: skip
+WIDE = limits_for(requests=4, chunk=16, block=7, vocab=49152, max_context=128)
 FAMILIES = {"llama": {"head": "vanilla"}, "qwen3": {"head": "rnn", "draft_vocab": 40}}
 HEADS = {
     "gated": {"head": "gated", "confidence": "hidden"},
@@ -54,7 +63,25 @@ def test_another_precision_and_gpu(tmp_path, api, dtype, capability):
         check(api, tmp_path, graphs[name], capability)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def smollm2(request, tmp_path_factory):
+    """(folder, graphs) of SmolLM2-135M's widths and vocabulary, two of its layers and a draft of the same widths."""
+    folder = tmp_path_factory.mktemp(f"smollm2-{request.param}")
+    write_random(SMOLLM2, folder / "target", draft=folder / "draft")
+    return folder, graphs_of(folder / "target", folder / "draft", folder, request.param, WIDE)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
+def test_smollm2s_widths_compile(api, smollm2, capability):
+    folder, graphs = smollm2
+    assert set(graphs) == {"target", "backbone", "markov", "confidence", "verify"}
+    for graph in graphs.values():
+        task = job(folder, graph, capability=capability, profiles=profiles_of(WIDE)[graph.name])
+        plan = compile_graph(api, task)
+        layers = {"target": 2, "backbone": 5}.get(graph.name, 0)
+        assert plan.size > 50_000 and len(plan.attentions) == layers and plan.unfused == ()
+
+
 @pytest.mark.parametrize("dtype, capability", OTHERS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
