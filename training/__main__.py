@@ -87,6 +87,7 @@ def data(
     top_p: Annotated[float | None, typer.Option(help="default: recommended")] = None,
     top_k: Annotated[int | None, typer.Option(help="default: recommended; 0 is off")] = None,
     thinking: Annotated[bool | None, typer.Option(help="enable_thinking of the target's template")] = None,
+    seeds: Annotated[bool, typer.Option(help="for server: a seed with each request (vLLM on a CPU takes none)")] = True,
     max_new: Annotated[int, typer.Option(help="answer tokens at most")] = 320,
     max_prompt: Annotated[int, typer.Option(help="prompts with more tokens are left out")] = 448,
     threads: Annotated[int, typer.Option(help="for torch: CPU threads; 0 leaves it to PyTorch")] = 0,
@@ -106,7 +107,7 @@ def data(
         server = Server(url, model, api, key, concurrency) if url and model else None
         plan = Collection(
             target, out, tuple(source), tuple(exclude), count, seed, answers, bundle, server, temperature, top_p, top_k,
-            thinking, max_new, max_prompt,
+            thinking, seeds, max_new, max_prompt,
         )  # fmt: skip
         counts = collect(plan)
     except (ValueError, OSError) as error:

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asking:
-    """What a job does not say. seed: a job's own is seed + index."""
+    """What a job does not say. seed: a job's own is seed + index; None sends none (servers that cannot take one)."""
 
-    seed: int = 0
+    seed: int | None = 0
     top_p: float = 1.0
     top_k: int = 0
     thinking: bool | None = None
@@ -115,12 +115,13 @@ def from_server(
 def _body(server: Server, job: Job, chat: Chat, asking: Asking) -> dict:
     body = {
         "model": server.model, "max_tokens": job.max_new, "temperature": job.temperature, "top_p": asking.top_p,
-        "seed": asking.seed + job.index,
     }  # fmt: skip
+    if asking.seed is not None:
+        body["seed"] = asking.seed + job.index
     if asking.top_k:
         body["top_k"] = asking.top_k
     if server.api == "completions":
-        return body | {"prompt": job.tokens}
+        return body | {"prompt": job.tokens, "return_token_ids": True}  # vLLM's word for it
     if asking.thinking is not None:
         body["chat_template_kwargs"] = {"enable_thinking": asking.thinking}
     return body | {"messages": [{"role": role, "content": text} for role, text in chat.messages]}
@@ -182,7 +183,7 @@ def from_engines(
 def _line(job: Job, asking: Asking) -> dict:
     return {
         "id": job.index, "input_ids": job.tokens, "max_tokens": job.max_new, "temperature": job.temperature,
-        "seed": asking.seed + job.index, "top_p": asking.top_p, "top_k": asking.top_k,
+        "seed": (asking.seed or 0) + job.index, "top_p": asking.top_p, "top_k": asking.top_k,
     }  # fmt: skip
 
 

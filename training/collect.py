@@ -32,7 +32,8 @@ PROMPTS = "prompts-00.jsonl"
 @dataclass(frozen=True)
 class Collection:
     """What a folder of data is made of. temperature: a number, "recommended" (the target's generation_config.json, else
-    1) or "mixed" (0, 0.7 and 1 by turns, as `generate` has it); top_p and top_k None: recommended, else off."""
+    1) or "mixed" (0, 0.7 and 1 by turns, as `generate` has it); top_p and top_k None: recommended, else off. seeds: whether a
+    server gets a seed with each request."""
 
     target: Path
     out: Path
@@ -47,6 +48,7 @@ class Collection:
     top_p: float | None = None
     top_k: int | None = None
     thinking: bool | None = None
+    seeds: bool = True
     max_new: int = 320
     max_prompt: int = 448
     shard_size: int = 200
@@ -135,7 +137,8 @@ def answering(
     plan: Collection, sampling: dict, jobs: list[Job], chats: list[Chat], tokens: ChatTokens
 ) -> Iterator[tuple[Job, np.ndarray]]:
     """The answers, from whoever was asked for."""
-    asking = Asking(plan.seed, float(sampling["top_p"]), int(sampling["top_k"]), plan.thinking)
+    seed = plan.seed if plan.seeds or plan.answers != "server" else None
+    asking = Asking(seed, float(sampling["top_p"]), int(sampling["top_k"]), plan.thinking)
     by_index = dict(enumerate(chats))
     if plan.answers == "server":
         return from_server(plan.server, jobs, by_index, tokens, asking)
@@ -181,5 +184,5 @@ def settings(plan: Collection, sampling: dict) -> dict:
     asked = {"answers": plan.answers, "thinking": plan.thinking, "max_new": plan.max_new, "max_prompt": plan.max_prompt}
     temperature = "mixed" if plan.temperature == "mixed" else sampling["temperature"]
     drawn = {"temperature": temperature, "top_p": sampling["top_p"], "top_k": sampling["top_k"]}
-    by = {"model": plan.server.model, "api": plan.server.api} if plan.server and plan.answers == "server" else {}
+    by = {"model": plan.server.model, "api": plan.server.api} | ({} if plan.seeds else {"seeds": False}) if plan.server and plan.answers == "server" else {}
     return {"format": 1, "parts": 1, **named, **asked, **drawn, **by, "target_sha256": checkpoint_hash(plan.target)}

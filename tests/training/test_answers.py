@@ -94,6 +94,12 @@ def test_token_ids_go_both_ways_where_the_server_knows_them(serve):
     url, seen = serve(lambda body, n: (200, reply))
     assert collected(Server(url, "m", api="completions"), JOBS[:1]) == {0: [9, 8]}  # cut: no end token
     assert seen[0][0] == "/v1/completions" and seen[0][1]["prompt"] == [1, 2, 0] and "messages" not in seen[0][1]
+    assert seen[0][1]["return_token_ids"] is True
+
+
+def test_a_server_that_takes_no_seed_gets_none(serve):
+    url, seen = serve(lambda body, n: (400, {"error": "no seeds"}) if "seed" in body else (200, said("w1")))
+    assert len(collected(Server(url, "m"), asking=Asking(seed=None))) == len(JOBS) == len(seen)
 
 
 def test_a_thought_is_part_of_the_answer(serve):
