@@ -35,7 +35,7 @@ NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
 ON = $(if $(filter-out cpu,$(DEVICE)),--device $(DEVICE))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance eval equality peers clean
+.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance eval heads equality peers clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -122,6 +122,9 @@ eval: $(NEEDS) ## acceptance by position, proposal length and threshold of PROMP
 	@$(PY) -m decoding record --bundle $(BUNDLE) --output build/eval/rollouts.npz --max-tokens 128 --minutes 3.5 --least 2000 \
 	  $(foreach file,$(or $(PROMPTS),$(wildcard benchmarks/prompts/*.jsonl)),--prompts $(file))
 	@$(PY) -m benchmarks.evaluation --rollouts $(NAME)=build/eval/rollouts.npz $(ARGS)
+
+heads: $(NEEDS) ## DSpark, DFlash, Eagle3 and MTP trained on DATA's tokens and compared: build/heads-compared/report.md (hours; resumes)
+	@$(PY) -m benchmarks.heads --target $(TARGET) --data $(DATA) $(or $(ARGS),--draft dspark --draft dflash --draft eagle3 --draft mtp)
 
 equality: $(NEEDS) ## greedy output with and without the draft, over 200 prompts in batches of 1, 3 and 8
 	@$(PY) -m benchmarks.equality $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)

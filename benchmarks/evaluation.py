@@ -73,7 +73,8 @@ def under(threshold: float, predicted: ndarray, accepted: ndarray) -> dict[str, 
 
 
 def evaluate(head: Head) -> dict:
-    """{name, rows: a group of rounds each (kind and temperature; all kinds together last), thresholds, ece [G]}."""
+    """{name, rows: a group of rounds each (kind and temperature; all kinds together last), thresholds, ece [G], depth (None
+    in older recordings), block_size, kind}."""
     r, G = head.rollouts, head.rollouts.logits.shape[1]
     predicted = head.survival()
     rows = []
@@ -91,7 +92,19 @@ def evaluate(head: Head) -> dict:
                 )  # fmt: skip
     errors = ece(predicted.T, r.survived.T).tolist()
     return {"name": head.name, "rows": rows, "thresholds": [under(t, predicted, r.accepted) for t in THRESHOLDS],
-            "ece": errors, "calibrated": head.calibration is not None}  # fmt: skip
+            "ece": errors, "calibrated": head.calibration is not None, "depth": r.meta.get("depth"), "block_size": G,
+            "kind": r.meta.get("kind", "draft")}  # fmt: skip
+
+
+def depths(results: list[dict]) -> dict[tuple[str, int, float], list[tuple[int, float]]]:
+    """{(kind of draft, block size, temperature): [(its layers, tau over all prompts)]}, where drafts of a kind differ in
+    depth (as far as a recording says it)."""
+    lines: dict[tuple[str, int, float], list[tuple[int, float]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            if row["kind"] == ALL and result["depth"] is not None:
+                lines.setdefault((result["kind"], result["block_size"], row["temperature"]), []).append((result["depth"], row["tau"]))
+    return {key: sorted(points) for key, points in lines.items() if len({depth for depth, _ in points}) > 1}
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -145,10 +158,11 @@ def report(results: list[dict], command: str) -> str:
     parts = [
         "# Evaluation of drafts",
         f"`{command}`",
-        "Every round verified its whole block; acceptance length counts the bonus token.",
+        "Every round verified its whole block; acceptance length counts the bonus token (plain decoding: 1.00).",
         markdown_table(COLUMNS if len(results) > 1 else [c for c in COLUMNS if c is not GAIN], side_by_side(results)),
         "## By position, by proposal length",
         "![acceptance by position](positions.png)\n![acceptance length by proposal length](lengths.png)",
+        *(["## By depth", "![acceptance length by the draft's layers](depths.png)"] if depths(results) else []),
         "## Under a threshold on predicted survival",
         "![acceptance length against verified tokens](thresholds.png)",
         markdown_table(CUTS, cuts),
@@ -186,7 +200,7 @@ def main(
     results = [evaluate(head) for head in heads]
     write_result(out / "eval.json", {"drafts": results})
     command = json.loads((out / "eval.json").read_text())["command"]
-    for path in draw(heads, results, out):
+    for path in draw(heads, results, depths(results), out):
         print(f"written: {path}")
     (out / "report.md").write_text(report(results, command))
     print(f"written: {out / 'report.md'}")

@@ -1,4 +1,4 @@
-"""The four pictures of benchmarks/evaluation.py.
+"""The pictures of benchmarks/evaluation.py.
 
 Knows: its results, matplotlib. Refuses to know: where they come from.
 """
@@ -14,11 +14,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 
 
-def draw(heads, results, folder: Path) -> list[Path]:
+def draw(heads, results, depths, folder: Path) -> list[Path]:
     """positions.png and lengths.png (a panel a temperature, a colour a kind, a dash a draft), thresholds.png,
-    reliability.png (a panel a draft, a colour a position)."""
+    reliability.png (a panel a draft, a colour a position), and depths.png where there is something to show."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
+        *([_depths(depths, folder / "depths.png")] if depths else []),
         _groups(results, folder / "positions.png", "positions", "draft position", "accepted, given those before", 100),
         _groups(results, folder / "lengths.png", "lengths", "proposal length", "acceptance length", 1),
         _thresholds(results, folder / "thresholds.png"),
@@ -42,6 +43,15 @@ def _groups(results, path: Path, key: str, across: str, up: str, factor: float) 
         axes.set_ylim(*((0, 100) if factor == 100 else (1, None)))
     panels[0].set_ylabel(up + (" %" if factor == 100 else ""))
     return _save(figure, panels, path)
+
+
+def _depths(lines, path: Path) -> Path:
+    figure, (axes,) = _figure(1)
+    for colour, ((kind, block, temperature), points) in zip(_cycle(COLOURS), lines.items()):
+        label = f"{kind}, block size {block}, temperature {temperature:g}"
+        axes.plot(*zip(*points), "o-", ms=4, color=colour, label=label)
+    axes.set(xlabel="layers of the draft", ylabel="acceptance length", xticks=sorted({d for p in lines.values() for d, _ in p}))
+    return _save(figure, (axes,), path)
 
 
 def _thresholds(results, path: Path) -> Path:

@@ -189,7 +189,7 @@ def record(
     meta = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
         "bundle": bundle.folder.name, "draft_hash": bundle.draft.hash, "target_hash": bundle.target.hash,
-        "dtype": bundle.dtype, "block_size": G, "schedule": "fixed", "accept": "rejection",
+        "dtype": bundle.dtype, "block_size": G, "depth": bundle.draft.depth, "schedule": "fixed", "accept": "rejection",
         "temperatures": [float(t) for t in temperatures], "prompts": len(prompts[: requests or None]),
         "requests": len(todo), "finished": finished, "max_tokens": max_tokens, "seed": seed, "rounds": len(recorder),
         "seconds": round(seconds, 1), "acceptance_length": round(float(arrays["accepted"].mean()) + 1, 4),

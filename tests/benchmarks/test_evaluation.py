@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.evaluation import Head, app, by_length, by_position, evaluate, report, under
+from benchmarks.evaluation import Head, app, by_length, by_position, depths, evaluate, report, under
+from benchmarks.evaluation_pictures import draw
 from training.rollouts import Rollouts
 
 ACCEPTED = np.array([0, 1, 3, 3])
@@ -66,6 +67,20 @@ def test_drafts_side_by_side_say_what_one_gains():
     assert "| maths | 0 | a | 2 | 1.50 |  | 17 |" in text and "| maths | 0 | b | 2 | 2.50 | +67% | 50 |" in text
     alone = report([evaluate(Head("a", rollouts()))], "python -m x")
     assert "to the first draft" in text and "to the first draft" not in alone
+
+
+def test_drafts_that_differ_in_depth_make_a_line(tmp_path):
+    def head(name, depth, kind, accepted):
+        r = rollouts(accepted=accepted)
+        return Head(name, Rollouts(r.logits, r.accepted, r.temperature, r.request, META | {"depth": depth, "kind": kind}, r.kind))
+
+    heads = [head("two", 2, "dspark", [1, 2, 3, 3]), head("one", 1, "dspark", ACCEPTED), head("other", 1, "dflash", ACCEPTED)]
+    results = [evaluate(h) for h in heads]
+    line = [(1, pytest.approx(1 + 4 / 3)), (2, pytest.approx(3.0))]
+    assert depths(results) == {("dspark", 3, 0.0): line, ("dspark", 3, 1.0): [(1, 4.0), (2, 4.0)]}
+    assert depths(results[1:]) == {}
+    assert "depths.png" in report(results, "c") and "depths.png" not in report(results[:1], "c")
+    assert (tmp_path / "depths.png") in draw(heads, results, depths(results), tmp_path)
 
 
 def test_the_command_writes_report_and_pictures(tmp_path):
