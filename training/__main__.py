@@ -124,13 +124,17 @@ def train(
     seed: int = 1,
     steps: Annotated[int | None, typer.Option(help="optimiser steps; the run is then a function of the seed")] = None,
     minutes: Annotated[float | None, typer.Option(help="instead of steps: stop after this time")] = None,
+    kind: Annotated[str, typer.Option(help="dspark, dflash, eagle3 or mtp")] = "dspark",
     depth: Annotated[int, typer.Option(help="decoder layers of the head")] = 2,
     block_size: Annotated[int, typer.Option(help="tokens drafted at once")] = 6,
     rank: Annotated[int, typer.Option(help="rank of the Markov head; 0 is DFlash")] = 64,
     head: Annotated[str, typer.Option(help="vanilla, gated or rnn")] = "vanilla",
-    layer_ids: Annotated[str, typer.Option(help="target layers read, with commas; default: five spread out")] = "",
+    layer_ids: Annotated[str, typer.Option(help="target layers read, with commas; default: by kind")] = "",
     mask_token_id: Annotated[int, typer.Option(help="an unused token of the target's vocabulary")] = 16,
     draft_vocab: Annotated[int, typer.Option(help="most frequent answer tokens kept; 0 keeps all")] = 8192,
+    loss: Annotated[str, typer.Option(help="dspark, eagle3 or both; default: by kind")] = "",
+    unroll: Annotated[int, typer.Option(help="steps that eagle3 and mtp are trained on; 0: the block's size")] = 0,
+    optimiser: Annotated[str, typer.Option(help="adamw, or muon for the matrices between hidden states")] = "adamw",
     lr: float = 1e-3,
     tokens_per_batch: Annotated[int, typer.Option(help="padded tokens a step")] = 1024,
     batches_per_step: Annotated[int, typer.Option(help="averaged in a step; torchrun's processes share them")] = 2,
@@ -138,19 +142,28 @@ def train(
     max_length: Annotated[int, typer.Option(help="longer sequences are cut")] = 1024,
     hot_share: Annotated[float, typer.Option(help="share used of the sequences sampled at temperature 1")] = 1.0,
     feature_cache_gb: Annotated[float, typer.Option(help="memory for the target's features")] = 8.0,
+    feature_disk_gb: Annotated[float, typer.Option(help="files for features that memory has no room for; 0 is none")] = 0.0,
+    feature_folder: Annotated[Path | None, typer.Option(help="of those files; default: OUT")] = None,
     save_minutes: float = 5.0,
     evaluate_steps: int = 250,
+    patience: Annotated[int, typer.Option(help="end after so many evaluations without a better tau; 0 never")] = 0,
+    ema: Annotated[float, typer.Option(help="decay of a running mean of the weights (latest-ema/), such as 0.999")] = 0.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="curves in OUT/tensorboard, too")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the backbone")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    sharding: Annotated[str, typer.Option(help="of the weights over torchrun's processes: ddp or fsdp2")] = "ddp",
     fp32: Annotated[bool, typer.Option("--fp32", help="no bf16 matrix products")] = False,
     init: Annotated[Path | None, typer.Option(help="start from this head's weights instead of the target's")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from OUT/state.pt")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch")] = 0,
 ) -> None:
     """Trains a draft head on generated sequences. `torchrun --nproc-per-node N -m training train ...` shares each step's
-    batches among N processes (gloo, CPU)."""
+    batches among N processes (docs/training.md)."""
     import torch
 
     from training.generate import load_sequences
     from training.initialisation import HeadShape
+    from training.loss import named_losses
     from training.settings import TrainSettings
     from training.train import train
 
@@ -158,11 +171,14 @@ def train(
         torch.set_num_threads(threads)
     try:
         ids = tuple(int(i) for i in layer_ids.split(",")) if layer_ids else None
-        shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids)
+        shape = HeadShape(depth, block_size, rank, head, mask_token_id, draft_vocab, ids, kind)
         settings = TrainSettings(
-            seed=seed, steps=steps, minutes=minutes, lr=lr, tokens_per_batch=tokens_per_batch,
+            seed=seed, steps=steps, minutes=minutes, optimiser=optimiser, lr=lr, tokens_per_batch=tokens_per_batch,
             batches_per_step=batches_per_step, anchor_share=anchor_share, max_length=max_length, bf16=not fp32,
             feature_cache_gb=feature_cache_gb, save_minutes=save_minutes, evaluate_steps=evaluate_steps,
+            feature_disk_gb=feature_disk_gb, feature_folder=str(feature_folder) if feature_folder else None,
+            patience=patience, ema=ema, tensorboard=tensorboard, compile=compile, device=device, sharding=sharding,
+            loss=named_losses(loss, kind), unroll=unroll,
         )  # fmt: skip
         train(target, lambda: load_sequences(data, hot_share), out, shape, settings, init=init, resume=resume)
     except (ValueError, OSError) as error:

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.checkpoint import with_borrowed
+from training.autoregressive import ArDraft
+from training.checkpoint import draft_module, with_borrowed
 from training.decoder_config import DecoderConfig
 from training.draft import DraftConfig, DraftModel
 from training.evaluate import acceptance, prompt_ids, speculate
 from training.formats.layouts import StoredDraft, open_draft, read_json
+from training.initialisation import eos_ids
 from training.repairs import (
     Reading,
     Trial,
@@ -34,7 +36,7 @@ from training.target import TargetModel
 from training.weights import StoredTensor, load_exactly, stored_tensors
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-NEAR_CHANCE = 1.5  # below this multiple of what the draft accepts without the target's features
+NEAR_CHANCE = 1.5  # below this multiple of what the draft accepts without reading the target
 
 
 @dataclass
@@ -93,8 +95,9 @@ def verify_pair(report: Report, opened: StoredDraft, target: DecoderConfig, raw:
     c = opened.config
     slots = "the anchor's slot drafts too" if c.sample_from_anchor else "the anchor's slot drafts nothing"
     head = f"{c.markov_head_type} Markov head of rank {c.markov_rank}" if c.markov_rank else "no Markov head"
-    depth = c.decoder.num_hidden_layers
-    report.add(OK, f"layout {opened.layout}: {depth} layers, block of {c.block_slots} slots ({slots}), {head}.")
+    depth, parallel = c.decoder.num_hidden_layers, c.kind == "parallel"
+    shape = f"block of {c.block_slots} slots ({slots}), {head}" if parallel else f"{c.block_size} tokens a round"
+    report.add(OK, f"layout {opened.layout}: {depth} layers, {shape}.")
     for name, ours, theirs in (
         ("hidden_size", c.decoder.hidden_size, target.hidden_size),
         ("vocab_size", c.decoder.vocab_size, target.vocab_size),
@@ -105,7 +108,7 @@ def verify_pair(report: Report, opened: StoredDraft, target: DecoderConfig, raw:
                 FAILED, f"the draft was made for another target: its {name} is {ours}, the target's is {theirs}."
             )
     last = target.num_hidden_layers - 1
-    if last in c.target_layer_ids:
+    if last in c.target_layer_ids and c.kind != "mtp":
         report.add(
             WARNING,
             f"target_layer_ids holds {last}, the last layer, whose output some trainers store after the final norm "
@@ -115,9 +118,9 @@ def verify_pair(report: Report, opened: StoredDraft, target: DecoderConfig, raw:
         report.add(OK, f"layer ids {list(c.target_layer_ids)} of the target's {target.num_hidden_layers} layers.")
     pruned = "the whole vocabulary" if c.draft_vocab_size is None else f"{c.vocab_out} of {c.decoder.vocab_size} tokens"
     report.add(OK, f"draft vocabulary: {pruned}.")
-    eos = raw.get("eos_token_id")
-    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if c.mask_token_id in ends:
+    if not parallel:
+        return
+    if c.mask_token_id in eos_ids(raw):
         report.add(WARNING, f"mask_token_id {c.mask_token_id} is an end-of-sequence token of the target.")
     elif c.mask_token_id in ordinary:
         report.add(
@@ -161,9 +164,11 @@ def fit(config: DraftConfig, tensors: Mapping[str, StoredTensor]) -> tuple[Draft
 
 def load_anyway(
     report: Report, opened: StoredDraft, folder: Path, target_folder: Path
-) -> tuple[DraftModel, dict[str, Tensor]]:
+) -> tuple[DraftModel | ArDraft, dict[str, Tensor]]:
     """The draft with the config that its weights speak for, and other vocabulary maps to try (offsets [V_d])."""
-    config, differences = fit(opened.config, opened.tensors)
+    config, differences = opened.config, []
+    if config.kind == "parallel":
+        config, differences = fit(config, opened.tensors)
     for sentence in differences:
         report.add(FAILED, sentence)
     tensors, maps = dict(opened.tensors), {}
@@ -186,7 +191,7 @@ def load_anyway(
         if members is not None and int(members.load().bool().sum()) == V_d:
             maps["t2d says which tokens"] = members.load().bool().nonzero()[:, 0] - order
     with torch.device("meta"):
-        draft = DraftModel(config)
+        draft = draft_module(config)
     load_exactly(draft, state, str(folder))
     size = sum(p.numel() for p in draft.parameters()) / 1e6
     report.add(OK, f"weights fit the config: {size:.1f}M numbers, the target's included.")
@@ -194,7 +199,7 @@ def load_anyway(
 
 
 def smoke_test(
-    report: Report, target: TargetModel, draft: DraftModel, prompts: list[list[int]], max_tokens: int,
+    report: Report, target: TargetModel, draft: DraftModel | ArDraft, prompts: list[list[int]], max_tokens: int,
     maps: dict[str, Tensor], special: list[int],
 ) -> None:  # fmt: skip
     """Generates with the draft, then judges every reading on the texts that came out."""
@@ -206,7 +211,8 @@ def smoke_test(
     target.layer_ids = layers_wanted(c)  # the same weights, more of their outputs
     texts = [read_text(target, g.output_ids, len(prompt)) for g, prompt in zip(done, prompts)]
     now = accepted(draft, Reading("as the config says", c), texts)
-    chance = accepted(draft, Reading("as the config says, with features of other positions", c, shuffled=True), texts)
+    inputs = "features" if c.kind == "parallel" else "features and tokens"
+    chance = accepted(draft, Reading(f"as the config says, with {inputs} of other positions", c, shuffled=True), texts)
     report.chance = 1 + chance.mean
     trials = [accepted(draft, reading, texts) for reading in readings(c, maps)]
     mask = best_mask(draft, c, texts, special)
@@ -224,7 +230,7 @@ def judge(report: Report, now: Trial, chance: Trial, trials: list[Trial], rounds
             f"{length}; at every position of the texts {1 + now.mean:.2f}, with one change {1 + trials[0].mean:.2f}.",
         )
         report.add(FAILED, f"the change that repairs it: {report.repair}.")
-    elif now.mean < NEAR_CHANCE * chance.mean or not now.mean:
+    elif now.mean < NEAR_CHANCE * chance.mean or not now.beats(chance):
         report.add(
             FAILED,
             f"{length} is near chance ({1 + now.mean:.2f} against {1 + chance.mean:.2f} with features of others), "

@@ -1,4 +1,4 @@
-"""Draft checkpoints on disk: loaded from any layout of training/formats, saved in the DeepSpec one.
+"""Draft checkpoints on disk: loaded from any layout of training/formats, saved in the one of their kind.
 
 Knows: what a draft borrows from its target, weight files, hashes. Refuses to know: config keys (formats/ does),
 training state (trainer.py), ONNX, targets' own weights beyond the two tensors a draft may borrow.
@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.autoregressive import ArConfig, ArDraft
 from training.draft import DraftConfig, DraftModel
-from training.formats.deepspec import config_to_json
-from training.formats.layouts import StoredDraft, open_draft
+from training.formats.layouts import OWN, StoredDraft, config_json, named, open_draft
+from training.target import bare
 from training.weights import StoredTensor, load_exactly, stored_tensors, write_checkpoint
 
 
-def load_draft(folder: str | Path, target_folder: str | Path | None = None) -> DraftModel:
+def load_draft(folder: str | Path, target_folder: str | Path | None = None) -> DraftModel | ArDraft:
     """Loads a draft of any layout in fp32, in eval mode, without gradients.
 
     target_folder: the target's Hugging Face folder; needed when the checkpoint leaves out embed_tokens, lm_head or the
@@ -29,14 +30,19 @@ def load_draft(folder: str | Path, target_folder: str | Path | None = None) -> D
     """
     config, stored = draft_tensors(folder, target_folder)
     with torch.device("meta"):
-        model = DraftModel(config)
+        model = draft_module(config)
     load_exactly(model, {name: t.numbers() for name, t in stored.items()}, str(folder))
     return model.eval().requires_grad_(False)
 
 
+def draft_module(config: DraftConfig | ArConfig) -> DraftModel | ArDraft:
+    """The module of a config, its weights not yet set."""
+    return DraftModel(config) if config.kind == "parallel" else ArDraft(config)
+
+
 def draft_tensors(
     folder: str | Path, target_folder: str | Path | None = None
-) -> tuple[DraftConfig, dict[str, StoredTensor]]:
+) -> tuple[DraftConfig | ArConfig, dict[str, StoredTensor]]:
     """A draft's config and tensors, unread, those that it borrows from the target included. Arguments and errors as of
     load_draft; whether names and shapes fit the config is not checked."""
     return with_borrowed(open_draft(folder, target_folder), folder, target_folder)
@@ -44,7 +50,7 @@ def draft_tensors(
 
 def with_borrowed(
     opened: StoredDraft, folder: str | Path, target_folder: str | Path | None
-) -> tuple[DraftConfig, dict[str, StoredTensor]]:
+) -> tuple[DraftConfig | ArConfig, dict[str, StoredTensor]]:
     """The config and tensors of an opened draft, those that it borrows from the target included."""
     config, state = opened.config, dict(opened.tensors)
     V, V_d = config.decoder.vocab_size, config.vocab_out
@@ -72,18 +78,16 @@ def borrow(target_folder: str | Path | None, name: str, source: str) -> StoredTe
     Raises ValueError where there is no such tensor."""
     if target_folder is None:
         raise ValueError(f"{source} has no {name}; name the target's folder, whose copy it shares.")
-    names = [f"model.{name}", name]
-    if name == "lm_head.weight":
-        names += ["model.embed_tokens.weight", "embed_tokens.weight"]
-    stored = stored_tensors(Path(target_folder))
-    for key in names:
+    wanted = [name, "embed_tokens.weight"] if name == "lm_head.weight" else [name]
+    stored = {bare(key): tensor for key, tensor in stored_tensors(Path(target_folder)).items()}
+    for key in wanted:
         if key in stored:
             return stored[key]
     raise ValueError(f"{source} has no {name}, and neither has the target folder {target_folder}.")
 
 
 def save_draft(
-    model: DraftModel,
+    model: DraftModel | ArDraft,
     folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -100,7 +104,8 @@ def save_draft(
         for name, t in model.state_dict().items()
         if embed_tokens or name != "embed_tokens.weight"
     }
-    write_checkpoint(folder, config_to_json(model.config), state, max_file_bytes)
+    layout = OWN[model.config.kind].NAME
+    write_checkpoint(folder, config_json(model.config), named(state, layout, model.config), max_file_bytes)
 
 
 def checkpoint_hash(folder: str | Path) -> str:

@@ -184,5 +184,7 @@ def settings(plan: Collection, sampling: dict) -> dict:
     asked = {"answers": plan.answers, "thinking": plan.thinking, "max_new": plan.max_new, "max_prompt": plan.max_prompt}
     temperature = "mixed" if plan.temperature == "mixed" else sampling["temperature"]
     drawn = {"temperature": temperature, "top_p": sampling["top_p"], "top_k": sampling["top_k"]}
-    by = {"model": plan.server.model, "api": plan.server.api} | ({} if plan.seeds else {"seeds": False}) if plan.server and plan.answers == "server" else {}
+    by = {}
+    if plan.server and plan.answers == "server":
+        by = {"model": plan.server.model, "api": plan.server.api} | ({} if plan.seeds else {"seeds": False})
     return {"format": 1, "parts": 1, **named, **asked, **drawn, **by, "target_sha256": checkpoint_hash(plan.target)}

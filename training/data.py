@@ -1,4 +1,4 @@
-"""Batches for the trainer, and the frozen target's side of them (features, hidden states) with a bounded memory cache.
+"""Batches for the trainer, and the frozen target's side of them (features, hidden states), remembered within bounds.
 
 Knows: how sequences are grouped, held out and padded; what the losses need of the target. Refuses to know: drafts,
 gradients, how sequences were made.
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.feature_files import FeatureFiles
+from training.layers import softcapped
 from training.target import PackedBatch, TargetModel
 
 HELD_OUT_SHARE = 32  # one prompt in so many, chosen by its hash, is never trained on
@@ -37,6 +39,9 @@ class Batch:
     loss_mask: Tensor
     lengths: list[int]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.loss_mask.to(device), self.lengths)
+
 
 @dataclass(frozen=True)
 class TargetSide:
@@ -50,7 +55,15 @@ class TargetSide:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.features, self.last_hidden, self.outside) if t is not None)
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By field; `outside` is left out where it is None."""
+        named = {"features": self.features, "last_hidden": self.last_hidden, "outside": self.outside}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def to(self, device: torch.device) -> TargetSide:
+        return TargetSide(**{"outside": None, **{name: t.to(device) for name, t in self.tensors().items()}})
 
 
 def is_held_out(sequence: Sequence) -> bool:
@@ -121,10 +134,11 @@ def coverage(sequences: list[Sequence], ids: Tensor, vocab_size: int) -> float:
 
 
 class TargetPass:
-    """Runs the frozen target over batches, and remembers as many results as fit into `cache_bytes`."""
+    """Runs the frozen target over batches, and remembers as many results as fit into `cache_bytes` of memory, then into
+    `files`. Both hold a result as it was made: remembering changes nothing but time."""
 
-    def __init__(self, target: TargetModel, draft_ids: Tensor, cache_bytes: int):
-        self.target, self.cache_bytes, self.used = target, cache_bytes, 0
+    def __init__(self, target: TargetModel, draft_ids: Tensor, cache_bytes: int, files: FeatureFiles | None = None):
+        self.target, self.cache_bytes, self.used, self.files = target, cache_bytes, 0, files
         V = target.config.vocab_size
         rest = torch.ones(V, dtype=torch.bool)
         rest[draft_ids] = False
@@ -140,16 +154,30 @@ class TargetPass:
         """Drops the results of the batches whose key is meant."""
         self.cache = {key: side for key, side in self.cache.items() if not which(key)}
         self.used = sum(side.nbytes for side in self.cache.values())
+        if self.files is not None:
+            self.files.forget(which)
 
     def __call__(self, batch: Batch, key: int | None = None) -> TargetSide:
-        """key: the batch's number, under which the result is kept; None keeps nothing."""
-        if key is not None and key in self.cache:
-            return self.cache[key]
+        """The target's side on the batch's device. key: the batch's number, under which the result is kept (in host
+        memory or a file); None keeps nothing."""
+        device = batch.tokens.device
+        if key is None:
+            return self._run(batch)
+        if key in self.cache:
+            return self.cache[key].to(device)
+        if self.files is not None and (kept := self.files.get(key)) is not None:
+            return TargetSide(**{"outside": None, **kept}).to(device)
         side = self._run(batch)
-        if key is not None and self.used + side.nbytes <= self.cache_bytes:
-            self.cache[key] = side
+        if self.used + side.nbytes <= self.cache_bytes:
+            self.cache[key] = side.to(torch.device("cpu"))
             self.used += side.nbytes
+        elif self.files is not None:
+            self.files.put(key, side.to(torch.device("cpu")).tensors())
         return side
+
+    def _rest_logits(self, hidden: Tensor) -> Tensor:
+        """Of the tokens outside the draft's vocabulary."""
+        return softcapped(hidden @ self.rest_head.t(), self.target.config.logit_softcap)
 
     @torch.no_grad()
     def _run(self, batch: Batch) -> TargetSide:
@@ -163,6 +191,6 @@ class TargetPass:
             outside = torch.zeros(B, S)
             judged = last[batch.loss_mask]
             outside[batch.loss_mask] = torch.cat(
-                [torch.logsumexp((h @ self.rest_head.t()).float(), dim=-1) for h in judged.split(32)]
+                [torch.logsumexp(self._rest_logits(h).float(), dim=-1) for h in judged.split(32)]
             )
         return TargetSide(spread(out.features), last, outside)

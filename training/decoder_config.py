@@ -1,75 +1,42 @@
-"""The shape of a decoder stack and its rotary embedding, read from a Hugging Face config.json.
+"""The shape of a decoder stack, read from a Hugging Face config.json: the whole, and each layer's own.
 
-Knows: config keys of both transformers generations, the families that this version reads, frequency scaling.
-Refuses to know: weights, layers, drafts.
-
-Legend: D head size.
+Knows: config keys of both transformers generations, the families that this version reads. Refuses to know: weights,
+layers, drafts.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+from training.gemma4_config import FULL, Gemma4Config, read_gemma4
+from training.gemma4_config import MODEL_TYPES as GEMMA4
+from training.rope import RopeConfig
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen3", *GEMMA4)
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding parameters: plain, or with the frequency scaling of Llama 3.1 ("llama3") or "linear"."""
+class LayerShape:
+    """One layer's attention and MLP, under DecoderConfig's names. window: positions that a query sees, its own included
+    (None: all before it); source: the layer whose keys and values it attends, itself unless it shares; own_values
+    False: values are its keys before norm and rotation."""
 
-    theta: float = 10000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    @classmethod
-    def from_hf(cls, raw: dict) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
-        params = dict(raw.get("rope_scaling") or {})
-        params.update(raw.get("rope_parameters") or {})
-        rope_type = params.get("rope_type", params.get("type", "default"))
-        if rope_type not in ("default", "llama3", "linear"):
-            raise ValueError(f"rope_type is {rope_type!r}; this version reads 'default', 'linear' and 'llama3'.")
-        return cls(
-            theta=float(params.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_type=rope_type,
-            factor=float(params.get("factor", 1.0)),
-            low_freq_factor=float(params.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(params.get("high_freq_factor", 4.0)),
-            original_max_position_embeddings=int(params.get("original_max_position_embeddings", 8192)),
-        )
-
-    def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """[D/2] float32 inverse frequencies, scaled as the checkpoint says."""
-        inv = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-        if self.rope_type == "linear":
-            return inv / self.factor
-        if self.rope_type != "llama3":
-            return inv
-        wavelen = 2 * math.pi / inv
-        low = self.original_max_position_embeddings / self.low_freq_factor
-        high = self.original_max_position_embeddings / self.high_freq_factor
-        smooth = (self.original_max_position_embeddings / wavelen - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        mixed = (1 - smooth) * inv / self.factor + smooth * inv
-        return torch.where(wavelen > low, inv / self.factor, torch.where(wavelen < high, inv, mixed))
-
-    def tables(self, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin tables, each [positions, D/2] float32: the same numbers the exported graph carries."""
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.inverse_frequencies(head_dim)[None, :]
-        return angles.cos(), angles.sin()
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope: RopeConfig
+    attention_scale: float
+    source: int
+    window: int | None = None
+    own_values: bool = True
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of one decoder stack (a target's, or a draft backbone's)."""
+    """Shape of one decoder stack (a target's, or a draft backbone's). embed_scale: what embeddings are multiplied by;
+    logit_softcap: logits are softcap * tanh(logits / softcap). gemma4: where layers differ; then `layer(i)` alone says
+    what layer i is."""
 
     vocab_size: int
     hidden_size: int
@@ -86,13 +53,81 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     model_type: str = "llama"
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
+    gemma4: Gemma4Config | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        """What a query's products are multiplied by: Gemma4 leaves that to its norms."""
+        return 1.0 if self.gemma4 else float(self.head_dim) ** -0.5
+
+    def layer(self, i: int) -> LayerShape:
+        """The shape of decoder layer i."""
+        g = self.gemma4
+        shape = LayerShape(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            rope=self.rope,
+            attention_scale=self.attention_scale,
+            source=i,
+        )
+        if g is None:
+            return shape
+        source = g.source(i)
+        shape = replace(
+            shape,
+            source=source,
+            intermediate_size=self.intermediate_size * (2 if g.double_wide_mlp and source != i else 1),
+        )
+        if g.layer_types[i] != FULL:
+            return replace(shape, window=g.sliding_window)
+        return replace(
+            shape,
+            num_key_value_heads=g.num_global_key_value_heads,
+            head_dim=g.global_head_dim,
+            rope=g.full_rope,
+            own_values=not g.k_eq_v,
+        )
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        return tuple(self.layer(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def cached_layers(self) -> tuple[LayerShape, ...]:
+        """The layers that keep keys and values of their own: the first ones, since those that share are the last."""
+        return tuple(shape for i, shape in enumerate(self.layers) if shape.source == i)
+
+    def for_draft(self, depth: int) -> DecoderConfig:
+        """A draft's decoder for a target of this shape: the same widths, `depth` layers; for Gemma4 as DeepSpec's
+        Gemma4DSparkModel has them: full layers alone, nothing shared, no inputs of each layer's own."""
+        c = replace(self, num_hidden_layers=depth, tie_word_embeddings=False)
+        if self.gemma4 is None:
+            return c
+        own = dict(layer_types=(FULL,) * depth, num_kv_shared_layers=0, double_wide_mlp=False, per_layer_size=0)
+        return replace(c, gemma4=replace(self.gemma4, **own))
+
+    def plain(self, depth: int) -> DecoderConfig:
+        """Llama-style layers of this decoder's widths, for drafts that have no other."""
+        if self.gemma4 is None:
+            return self.for_draft(depth)
+        c = replace(self, num_hidden_layers=depth, tie_word_embeddings=False)
+        return replace(c, gemma4=None, logit_softcap=None, qk_norm=True, model_type="qwen3")
 
     @classmethod
-    def from_hf(cls, raw: dict, *, model_type: str | None = None) -> "DecoderConfig":
-        """From a Hugging Face `config.json`. Raises ValueError for a family this version does not read."""
+    def from_hf(cls, raw: dict, *, model_type: str | None = None) -> DecoderConfig:
+        """From a Hugging Face `config.json`; of a model with pictures or sound the text part. Raises ValueError for a
+        family this version does not read."""
         model_type = model_type or raw.get("model_type", "")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"model_type is {model_type!r}; this version reads {', '.join(SUPPORTED_MODEL_TYPES)}.")
+            raise ValueError(
+                f"model_type is {model_type!r}; this version reads {', '.join(SUPPORTED_MODEL_TYPES[:3])}."
+            )
+        if model_type in GEMMA4:
+            return cls(**read_gemma4(raw.get("text_config") or raw))
         if raw.get("use_sliding_window"):
             raise ValueError("use_sliding_window is true; sliding-window attention is not supported.")
         if raw.get("hidden_act", "silu") != "silu":
@@ -114,4 +149,10 @@ class DecoderConfig:
             mlp_bias=bool(raw.get("mlp_bias", False)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             model_type=model_type,
+            embed_scale=float(raw.get("embed_scale") or 1.0),
         )
+
+
+def flat_keys(raw: dict) -> dict:
+    """A config.json with the keys of its text part among its own."""
+    return {**(raw.get("text_config") or {}), **{k: v for k, v in raw.items() if v is not None}}

@@ -17,11 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block_attention import block_attention
 from .decoder_config import DecoderConfig
-from .target import DecoderLayer, RMSNorm, check_layer_ids, rotate
+from .families import decoder_layer
+from .layers import RMSNorm, rotate, scaled, softcapped
+from .target import check_layer_ids
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
@@ -48,6 +50,12 @@ class DraftConfig:
         check_layer_ids(self.target_layer_ids, self.num_target_layers)
         if not self.target_layer_ids:
             raise ValueError("target_layer_ids is empty; name at least one target layer (or -1, the embedding output).")
+        if self.target_layer_ids[-1] == self.num_target_layers - 1:
+            raise ValueError(
+                f"target_layer_ids is {list(self.target_layer_ids)}; {self.target_layer_ids[-1]} is the target's last "
+                "layer, whose output trainers store before or after the final norm and which this draft may not read; "
+                f"they must lie in -1..{self.num_target_layers - 2}."
+            )
         if not 1 <= self.block_size <= 64:
             raise ValueError(f"block_size is {self.block_size}; it must lie in 1..64.")
         if self.markov_rank < 0:
@@ -68,6 +76,8 @@ class DraftConfig:
             raise ValueError(
                 f"draft_vocab_size is {self.draft_vocab_size}; it must lie in 1..{self.decoder.vocab_size}."
             )
+
+    kind = "parallel"  # the others: autoregressive.py
 
     @property
     def vocab_out(self) -> int:
@@ -156,7 +166,7 @@ class DraftModel(nn.Module):
         c, dec = config, config.decoder
         self.config = config
         self.embed_tokens = nn.Embedding(dec.vocab_size, dec.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(dec) for _ in range(dec.num_hidden_layers))
+        self.layers = nn.ModuleList(decoder_layer(dec, i) for i in range(dec.num_hidden_layers))
         self.norm = RMSNorm(dec.hidden_size, dec.rms_norm_eps)
         self.fc = nn.Linear(len(c.target_layer_ids) * dec.hidden_size, dec.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(dec.hidden_size, dec.rms_norm_eps)
@@ -178,7 +188,8 @@ class DraftModel(nn.Module):
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos, sin [>= positions, D/2] float32."""
         if self._rope is None or self._rope[0].shape[0] < positions:
-            self._rope = self.config.decoder.rope.tables(self.config.decoder.head_dim, max(positions, 512))
+            shape = self.config.decoder.layer(0)  # all are alike
+            self._rope = shape.rope.tables(shape.head_dim, max(positions, 512))
         return self._rope
 
     def block_ids(self, anchors: Tensor) -> Tensor:
@@ -207,21 +218,25 @@ class DraftModel(nn.Module):
         if keep is not None:
             sees = sees & keep[..., None]
         bias = torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))  # [B, A, S]
-        x = self.embed_tokens(self.block_ids(anchors)).flatten(1, 2)  # [B, A*slots, d]
+        dec = self.config.decoder
+        x = scaled(self.embed_tokens(self.block_ids(anchors)), dec.embed_scale).flatten(1, 2)  # [B, A*slots, d]
         for layer in self.layers:
             h, attn = layer.input_layernorm(x), layer.self_attn
             q = rotate(attn.queries(h), cos_b, sin_b)
             k_block, v_block = rotate(attn.keys(h), cos_b, sin_b), attn.values(h)
             k_context, v_context = rotate(attn.keys(context), cos_c, sin_c), attn.values(context)
-            o = block_attention(q, k_context, v_context, k_block, v_block, bias, slots)
-            x = x + attn.o_proj(o)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            o = block_attention(q, k_context, v_context, k_block, v_block, bias, slots, dec.attention_scale)
+            x = layer.finish(x, o)
         return self.norm(x).unflatten(1, (A, slots))[:, :, slots - self.config.block_size :]
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., d] -> [..., V_d], before the Markov head."""
+        return softcapped(self.lm_head(hidden), self.config.decoder.logit_softcap)
 
     def corrected_logits(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor | None]:
         """Teacher-forced: hidden [..., G, d], previous [..., G] (token before each slot) ->
         (logits [..., G, V_d], confidence logits [..., G] or None)."""
-        logits, embeddings = self.lm_head(hidden), None
+        logits, embeddings = self.base_logits(hidden), None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(previous)
             logits = logits + self.markov_head.markov_w2(self.markov_head.block_latents(embeddings, hidden))
@@ -240,7 +255,7 @@ class DraftModel(nn.Module):
 
         Inverse-CDF sampling, one uniform a slot: the same rule as the markov engine.
         """
-        base, to_target = self.lm_head(hidden), self.draft_to_target()
+        base, to_target = self.base_logits(hidden), self.draft_to_target()
         previous, tokens, rows, embeddings = anchors, [], [], []
         state = base.new_zeros(anchors.shape[0], max(self.config.markov_rank, 1))
         for k in range(self.config.block_size):
@@ -255,27 +270,6 @@ class DraftModel(nn.Module):
             rows.append(logits)
         stacked = torch.stack(embeddings, dim=1) if embeddings else None
         return DraftBlock(torch.stack(tokens, 1), torch.stack(rows, 1), self.confidence(hidden, stacked))
-
-
-def block_attention(
-    q: Tensor, k_context: Tensor, v_context: Tensor, k_block: Tensor, v_block: Tensor, bias: Tensor, G: int
-) -> Tensor:
-    """Each block attends its visible context and, in both directions, itself.
-
-    q [B, A*G, H, D], k/v_context [B, S, H_kv, D], k/v_block [B, A*G, H_kv, D], bias [B, A, S] (0 or -inf).
-    Returns [B, A*G, H*D]. Blocks never meet, so the [A*G, A*G] part is kept block-diagonal.
-    """
-    B, T, H, D = q.shape
-    S, groups, A = k_context.shape[1], H // k_context.shape[2], T // G
-    heads = lambda x: x.repeat_interleave(groups, dim=2).transpose(1, 2) if groups > 1 else x.transpose(1, 2)
-    q = q.transpose(1, 2) * D**-0.5  # [B, H, T, D]
-    k_context, v_context = heads(k_context), heads(v_context)
-    k_block, v_block = heads(k_block).unflatten(2, (A, G)), heads(v_block).unflatten(2, (A, G))
-    to_context = (q @ k_context.transpose(-1, -2)).unflatten(2, (A, G)) + bias[:, None, :, None].to(q.dtype)
-    to_block = q.unflatten(2, (A, G)) @ k_block.transpose(-1, -2)  # [B, H, A, G, G]
-    weights = F.softmax(torch.cat([to_context, to_block], dim=-1).float(), dim=-1).to(q.dtype)
-    o = weights[..., :S].flatten(2, 3) @ v_context + (weights[..., S:] @ v_block).flatten(2, 3)
-    return o.transpose(1, 2).flatten(2)
 
 
 def sample_inverse_cdf(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:

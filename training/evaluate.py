@@ -17,20 +17,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.draft import DraftModel, sample_inverse_cdf
+from training.autoregressive import ArDraft
+from training.draft import DraftBlock, DraftModel, sample_inverse_cdf
+from training.initialisation import eos_ids
 from training.target import PackedBatch, TargetModel
 
 
 @dataclass(frozen=True)
 class Round:
     """One draft-verify round. start: the anchor's position; draft: [anchor, x_1 .. x_G]; confidence: logits [G] or
-    None; hidden: [G, d] backbone output; base_argmax: [G] target ids, the argmax before the Markov head; accepted:
-    0..G."""
+    None; hidden: [G, d] backbone output (None of an autoregressive draft); base_argmax: [G] target ids, the argmax
+    before the Markov head; accepted: 0..G."""
 
     start: int
     draft: list[int]
     confidence: Tensor | None
-    hidden: Tensor
+    hidden: Tensor | None
     base_argmax: list[int]
     accepted: int
 
@@ -69,7 +71,7 @@ class TargetRunner:
 @torch.inference_mode()
 def speculate(
     target: TargetModel,
-    draft: DraftModel,
+    draft: DraftModel | ArDraft,
     prompt: list[int],
     max_new: int,
     *,
@@ -93,17 +95,16 @@ def speculate(
     result = Generation(tokens)
     to_target = draft.draft_to_target()
     while len(tokens) - len(prompt) < max_new and tokens[-1] not in stop:
-        start, anchor = len(tokens) - 1, torch.tensor([tokens[-1]])
-        hidden = draft.backbone(torch.cat(runner.features)[None], anchor[None], torch.tensor([[start]]))[:, 0]
-        block = draft.sample_block(hidden, anchor, t, draw(G)[None])
+        start = len(tokens) - 1
+        block, hidden = propose(draft, torch.cat(runner.features), tokens, t, draw(G)[None])
         x = block.tokens[0].tolist()
         logits, features = runner.feed([tokens[-1], *x])
         accepted, following = verify(logits, x, block.logits[0], to_target, temperature, draw(G), draw(1))
         runner.keep(features[: accepted + 1])
         result.rounds.append(
             Round(
-                start, [tokens[-1], *x], None if block.confidence is None else block.confidence[0], hidden[0],
-                to_target[draft.lm_head(hidden[0]).argmax(-1)].tolist(), accepted,
+                start, [tokens[-1], *x], None if block.confidence is None else block.confidence[0], hidden,
+                to_target[(block.logits[0] if hidden is None else draft.lm_head(hidden)).argmax(-1)].tolist(), accepted,
             )
         )  # fmt: skip
         for token in (*x[:accepted], following):
@@ -112,6 +113,21 @@ def speculate(
                 break
     del tokens[len(prompt) + max_new :]
     return result
+
+
+def propose(
+    draft: DraftModel | ArDraft, features: Tensor, tokens: list[int], temperature: Tensor, uniforms: Tensor
+) -> tuple[DraftBlock, Tensor | None]:
+    """One block behind tokens [p+1], the last of them the anchor; features [p, L*d] of those before it, temperature
+    [1], uniforms [1, G] -> the block (R = 1) and the backbone's hidden states [G, d], where there is a backbone."""
+    p = len(tokens) - 1
+    if isinstance(draft, ArDraft):
+        rows = draft.rows(features[None], torch.tensor([tokens[1:]]), torch.tensor([[p - 1]]))
+        at, bias = torch.tensor([p]), torch.zeros(1, p)
+        return draft.sample_block(rows.hidden[:, 0], at, rows.caches, bias, temperature, uniforms), None
+    anchor = torch.tensor([tokens[-1]])
+    hidden = draft.backbone(features[None], anchor[None], torch.tensor([[p]]))[:, 0]
+    return draft.sample_block(hidden, anchor, temperature, uniforms), hidden[0]
 
 
 def verify(
@@ -203,8 +219,7 @@ def evaluate(
 
     draft = load_draft(draft_folder, target_folder)
     target = TargetModel.from_pretrained(target_folder, draft.config.target_layer_ids)
-    raw = json.loads((Path(target_folder) / "config.json").read_text()).get("eos_token_id")
-    stop = () if raw is None else tuple(raw) if isinstance(raw, list) else (raw,)
+    stop = eos_ids(json.loads((Path(target_folder) / "config.json").read_text()))
     done = []
     for i, ids in enumerate(track(prompt_ids(prompts, target_folder, limit), description=Path(prompts).stem)):
         generator = torch.Generator().manual_seed(seed + i)

@@ -15,7 +15,7 @@ import typer
 def convert(
     source: Annotated[Path, typer.Argument(help="folder of a draft, in any of the layouts")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    to: Annotated[str, typer.Option(help="deepspec, specforge, speculators or modelopt")],
+    to: Annotated[str, typer.Option(help="deepspec, specforge, speculators or modelopt; eagle3; mtp")],
     target: Annotated[Path | None, typer.Option(help="folder of the target, which some layouts borrow of")] = None,
     verifier: Annotated[str | None, typer.Option(help="the target's name in a speculators config")] = None,
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.batch_pass import BatchPass
 from training.data import Batch, Sequence, make_batches, sequence_key
-from training.loss import block_acceptance
+from training.loss import block_acceptance, row_logits
 from training.seeds import generator_for
 from training.settings import TrainSettings
 
@@ -22,8 +22,8 @@ EVALUATION_TOKENS = 12_288  # of the held-out sequences, at most
 
 @dataclass(frozen=True)
 class BatchEvaluation:
-    """losses [4] (total, ce, l1, confidence), chance [N] and valid [B*A, G] of the slots, greedy [blocks, G] bool:
-    hits."""
+    """losses [5] (total, ce, l1, confidence, soft), chance [N] and valid [B*A, G] of the slots, greedy [blocks, G]
+    bool: hits."""
 
     losses: Tensor
     chance: Tensor
@@ -66,7 +66,7 @@ class HeldOut:
         chances, valids = torch.cat([p.chance for p in parts]), torch.cat([p.valid for p in parts])
         run.draft.train()
         chance, tau = block_acceptance(chances, valids)
-        line = {k: round(float(v), 5) for k, v in zip(("total", "ce", "l1", "confidence"), sums / len(parts))}
+        line = {k: round(float(v), 5) for k, v in zip(("total", "ce", "l1", "confidence", "soft"), sums / len(parts))}
         greedy_tau = 1 + float(hits.int().cumprod(-1).sum(-1).float().mean()) if len(hits) else None
         return {**line, "acceptance": chance, "tau": tau, "greedy_tau": greedy_tau, "greedy_blocks": len(hits),
                 "blocks": int(valids.any(-1).sum())}  # fmt: skip
@@ -74,13 +74,13 @@ class HeldOut:
     @torch.no_grad()
     def evaluate_batch(self, run: BatchPass, i: int) -> BatchEvaluation:
         f, losses, _ = run(self.batches[i], -1 - i, generator_for(self.settings.seed, "evaluate", i))
-        hit = torch.cat([(x.float() @ f.head.float().t()).argmax(-1) for x in f.x.split(256)]) == f.labels
+        hit = torch.cat([row_logits(x.float(), f.head.float(), run.softcap).argmax(-1) for x in f.x.split(256)]) == f.labels
         chosen = (f.p.argmax(-1)[f.p_row] == f.labels) | (f.labels < 0)
-        per_row = lambda x: torch.zeros(f.valid.shape).masked_scatter(f.valid, x.float())
+        per_row = lambda x: torch.zeros_like(f.valid, dtype=torch.float32).masked_scatter(f.valid, x.float())
         is_greedy = per_row(chosen).sum((1, 2)) >= 0.95 * f.valid.sum((1, 2))
         return BatchEvaluation(
-            torch.stack([losses.total, losses.ce, losses.l1, losses.confidence]),
-            1 - 0.5 * losses.row_l1,
-            f.valid.flatten(0, 1),
-            per_row(hit)[f.valid[..., -1] & is_greedy[:, None]].bool(),
+            torch.stack([losses.total, losses.ce, losses.l1, losses.confidence, losses.soft]).cpu(),
+            (1 - 0.5 * losses.row_l1).cpu(),
+            f.valid.flatten(0, 1).cpu(),
+            per_row(hit)[f.valid[..., -1] & is_greedy[:, None]].bool().cpu(),
         )

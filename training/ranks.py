@@ -1,8 +1,8 @@
 """The processes of one run (torchrun): who takes which batch, and what they tell each other.
 
 Knows: torch.distributed, the variables that torchrun sets. Refuses to know: models, losses, files. Alone, a run is rank 0
-of 1 and every call gives back what it was given. Gradients travel once a step, as one float32 vector. No sharding of
-weights (FSDP2) and no device but the CPU (gloo) yet.
+of 1 and every call gives back what it was given. Gradients travel once a step, as one float32 vector (sharded weights:
+gradients.py); by gloo between CPUs, by NCCL between GPUs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ class Ranks:
         self.rank, self.size, self.local_size = rank, size, local_size
 
     @classmethod
-    def join(cls) -> Ranks:
-        """As torchrun says; without it, alone."""
+    def join(cls, device: str = "cpu") -> Ranks:
+        """As torchrun says; without it, alone. device cuda: every process of a machine takes the GPU of its number.
+        Raises ValueError when there is no such GPU."""
         number = lambda name, default: int(os.environ.get(name, default))
         size = number("WORLD_SIZE", 1)
+        if device == "cuda":
+            gpus, mine = torch.cuda.device_count(), number("LOCAL_RANK", 0)
+            if mine >= gpus:
+                raise ValueError(f"device is 'cuda'; process {mine} of this machine finds {gpus} GPUs.")
+            torch.cuda.set_device(mine)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         return cls(number("RANK", 0), size, number("LOCAL_WORLD_SIZE", size))
 
     def leave(self) -> None:
@@ -78,7 +84,7 @@ class Ranks:
         """The sums over all ranks of `parts` (None: nothing to add; None again where nobody adds), each shaped `like`."""
         if self.size == 1:
             return list(parts)
-        there = torch.tensor([float(part is not None) for part in parts])
+        there = torch.tensor([float(part is not None) for part in parts], device=like[0].device)
         flat = torch.cat([(torch.zeros_like(x) if p is None else p).flatten() for p, x in zip(parts, like)] + [there])
         dist.all_reduce(flat)
         *sums, there = flat.split([*(x.numel() for x in like), len(parts)])

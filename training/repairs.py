@@ -2,8 +2,8 @@
 out.
 
 Knows: the mistakes that load without an error (layer ids off by one, the slot layout, the mask token, the vocabulary
-map, the Markov head), and greedy acceptance on a text of the target's own. Refuses to know: files, prompts, what is
-printed.
+map, the Markov head, the order of an autoregressive draft's two inputs), and greedy acceptance on a text of the
+target's own. Refuses to know: files, prompts, what is printed.
 
 The text is the target's greedy one, so a draft token is accepted exactly where it equals the text. Every position of
 the answer is an anchor; all trials see the same anchors and the same features.
@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.autoregressive import ArConfig, ArDraft, sees
 from training.draft import DraftConfig, DraftModel, MarkovHead
 from training.target import PackedBatch, TargetModel
 
@@ -43,11 +44,13 @@ class Reading:
     """One way to understand a draft. name: what is changed, in words and as the config says it."""
 
     name: str
-    config: DraftConfig
+    config: DraftConfig | ArConfig
     offset: int = 0
     d2t: Tensor | None = None  # instead of the draft's own
     delayed: bool = False  # the Markov head sees the token one earlier
-    shuffled: bool = False  # the features are of other positions: what the draft accepts without reading the target
+    swapped: bool = False  # an autoregressive draft's first weights take the feature before the embedding
+    shuffled: bool = False  # the features (and an autoregressive draft's tokens) are of other positions: what is
+    # accepted without reading the target
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,23 @@ def read_text(target: TargetModel, tokens: list[int], prompt_length: int) -> Tex
     return Text(torch.tensor(tokens), prompt_length, dict(zip(target.layer_ids, parts)))
 
 
-def layers_wanted(config: DraftConfig) -> tuple[int, ...]:
+def layers_wanted(config: DraftConfig | ArConfig) -> tuple[int, ...]:
     """The draft's layer ids and their neighbours, as far as the target has them."""
     near = {i + step for i in config.target_layer_ids for step in (-1, 0, 1)}
     return tuple(sorted(i for i in near if -1 <= i < config.num_target_layers))
 
 
 @torch.inference_mode()
-def accepted(draft: DraftModel, reading: Reading, texts: list[Text], most: int | None = None) -> Trial:
+def accepted(draft: DraftModel | ArDraft, reading: Reading, texts: list[Text], most: int | None = None) -> Trial:
     """Greedy acceptance of the draft under a reading. most: anchors of a text at most (evenly spread), None = all."""
     longest = draft.config.block_size + 1
     counts = [_accepted(_view(draft, reading), reading, text, longest, most) for text in texts]
     return Trial(reading, torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64))
 
 
-def _accepted(view: DraftModel, reading: Reading, text: Text, longest: int, most: int | None) -> Tensor:
+def _accepted(
+    view: DraftModel | ArDraft, reading: Reading, text: Text, longest: int, most: int | None
+) -> Tensor:
     """[A] int64. Anchors are those that every reading can judge: `longest` tokens of the answer follow them."""
     at = torch.arange(max(text.prompt_length, 1), len(text.tokens) - longest)
     if most is not None and len(at) > most:
@@ -102,16 +107,36 @@ def _accepted(view: DraftModel, reading: Reading, text: Text, longest: int, most
     if reading.shuffled:
         features = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
     anchors, G = text.tokens[at], view.config.block_size
+    if isinstance(view, ArDraft):
+        following = text.tokens.roll(-1)
+        if reading.shuffled:  # the tokens too: it is shown every one, and knows much by them alone
+            following = following[torch.randperm(len(following), generator=torch.Generator().manual_seed(1))]
+        rows = view.rows(features[None], following[None], at[None] - 1)
+        caches = [tuple(part.expand(len(at), -1, -1, -1) for part in cache) for cache in rows.caches]
+        nothing = torch.zeros(len(at)), torch.zeros(len(at), G)
+        drafted = view.sample_block(rows.hidden[0], at, caches, sees(len(text.tokens), at), *nothing).tokens
+        return hits(drafted, text, at)
     if reading.delayed:
         view._modules["markov_head"] = Delayed(view.markov_head, text.tokens[at - 1])
     hidden = view.backbone(features[None], anchors[None], at[None], offset=reading.offset)[0]
     drafted = view.sample_block(hidden, anchors, torch.zeros(len(at)), torch.zeros(len(at), G)).tokens
-    truth = text.tokens[at[:, None] + 1 + torch.arange(G)]
+    return hits(drafted, text, at)
+
+
+def hits(drafted: Tensor, text: Text, at: Tensor) -> Tensor:
+    """drafted [A, G] behind the anchors at positions [A] -> [A]: how many from the first on are the text's."""
+    truth = text.tokens[at[:, None] + 1 + torch.arange(drafted.shape[1])]
     return (drafted == truth).long().cumprod(dim=1).sum(dim=1)
 
 
-def _view(draft: DraftModel, reading: Reading) -> DraftModel:
+def _view(draft: DraftModel | ArDraft, reading: Reading) -> DraftModel | ArDraft:
     """The same weights under the reading's config; the draft itself stays as it is."""
+    if isinstance(draft, ArDraft):
+        view = swapped(draft) if reading.swapped else copy.copy(draft)
+        view.config = reading.config
+        if reading.d2t is not None:
+            view._buffers = {**draft._buffers, "d2t": reading.d2t}
+        return view
     view = copy.copy(draft)
     view.config = replace(reading.config, enable_confidence_head=False)
     view._modules = {**draft._modules, "confidence_head": None}
@@ -119,6 +144,26 @@ def _view(draft: DraftModel, reading: Reading) -> DraftModel:
         view._modules["markov_head"] = None
     if reading.d2t is not None:
         view._buffers = {**draft._buffers, "d2t": reading.d2t}
+    return view
+
+
+def swapped(draft: ArDraft) -> ArDraft:
+    """The draft whose first weights have the halves for embedding and feature the other way round."""
+
+    def turned(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+        other = copy.copy(module)
+        other._modules = dict(module._modules)
+        for name in names:
+            linear = other._modules[name] = copy.copy(module._modules[name])
+            weight = linear.weight.roll(linear.in_features // 2, dims=1)
+            linear._parameters = {**linear._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        return other
+
+    if draft.config.kind == "mtp":
+        return turned(draft, ("eh_proj",))
+    view, first = turned(draft, ()), turned(draft.layers[0], ())
+    first._modules["self_attn"] = turned(first.self_attn, ("q_proj", "k_proj", "v_proj"))
+    view._modules["layers"] = nn.ModuleList([first, *draft.layers[1:]])
     return view
 
 
@@ -134,14 +179,19 @@ class Delayed:
         return self.head.embed(shown)
 
 
-def readings(config: DraftConfig, maps: dict[str, Tensor]) -> Iterator[Reading]:
+def readings(config: DraftConfig | ArConfig, maps: dict[str, Tensor]) -> Iterator[Reading]:
     """Every single change but the mask token's. maps: other vocabulary maps (offsets [V_d]) by where they come from."""
     ids, G = config.target_layer_ids, config.block_size
+    last = config.num_target_layers - (1 if config.kind == "mtp" else 2)  # the last layer is only an mtp module's
     for step in (1, -1):
         moved = [i + step for i in ids]
-        if -1 <= moved[0] and moved[-1] < config.num_target_layers:
+        if -1 <= moved[0] and moved[-1] <= last:
             name = f"layer offset {step:+d}: target_layer_ids {moved} instead of {list(ids)}"
             yield Reading(name, replace(config, target_layer_ids=tuple(moved)))
+    if config.kind != "parallel":
+        yield Reading("inputs the other way round: the feature before the embedding", config, swapped=True)
+        yield from (map_reading(config, origin, d2t) for origin, d2t in maps.items())
+        return
     for step in (1, -1):
         yield Reading(f"block shifted by one: its positions begin at p{step:+d} instead of p", config, offset=step)
     if config.sample_from_anchor and G > 1 and (not config.markov_rank or config.markov_head_type != "rnn"):
@@ -154,12 +204,15 @@ def readings(config: DraftConfig, maps: dict[str, Tensor]) -> Iterator[Reading]:
         yield Reading(
             "anchor slot: sample_from_anchor true (slot k predicts the token at p+k+1) instead of false", changed
         )
-    for origin, d2t in maps.items():
-        yield Reading(f"d2t missing or not this draft's: {origin}", config, d2t=d2t)
+    yield from (map_reading(config, origin, d2t) for origin, d2t in maps.items())
     if config.markov_rank:
         without = replace(config, markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False)
         yield Reading("wrong head type: without the Markov head (markov_rank 0)", without)
         yield Reading("Markov head one token late: slot k sees the token at p+k-1 instead of p+k", config, delayed=True)
+
+
+def map_reading(config: DraftConfig | ArConfig, origin: str, d2t: Tensor) -> Reading:
+    return Reading(f"d2t missing or not this draft's: {origin}", config, d2t=d2t)
 
 
 def mask_candidates(config: DraftConfig, special: list[int]) -> list[int]:
@@ -178,6 +231,8 @@ def mask_reading(config: DraftConfig, mask: int) -> Reading:
 
 def best_mask(draft: DraftModel, config: DraftConfig, texts: list[Text], special: list[int]) -> Trial | None:
     """The mask token that accepts most, found on a few anchors and then tried on all; None without candidates."""
+    if config.kind != "parallel":
+        return None
     few = [accepted(draft, mask_reading(config, i), texts[:3], most=16) for i in mask_candidates(config, special)]
     return accepted(draft, max(few, key=lambda t: t.mean).reading, texts) if few else None
 

@@ -44,7 +44,7 @@ class BatchSampler:
         """capacity is S: no prompt plus its answer may be longer. max_new bounds every job's own limit."""
         self.model, self.eos, self.seed, self.slots, self.capacity = model, eos, seed, slots, capacity
         self.caches = model.new_caches(slots, capacity)
-        self.cos, self.sin = model.rope_tables(capacity)
+        self.turns = {(s.rope, s.head_dim): model.rope_tables(capacity, s) for s in model.shapes}
         self.length = torch.zeros(slots, dtype=torch.int64)  # cache positions filled = position of `token`
         self.token = torch.zeros(slots, dtype=torch.int64)  # sampled, not yet in the cache
         self.produced = torch.zeros(slots, dtype=torch.int64)
@@ -127,24 +127,33 @@ class BatchSampler:
         model, R = self.model, len(self.jobs)
         at = self.length[:R]
         C = min(self.capacity, (int(at.max()) // C_STEP + 1) * C_STEP)
-        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
-        x = model.embed_tokens(self.token[:R])
-        bias = torch.zeros(R, C).masked_fill_(torch.arange(C) > at[:, None], -torch.inf)[:, None, None]
-        rows, scale = torch.arange(R), model.config.head_dim**-0.5
-        for layer, (k, v) in zip(model.layers, self.caches):
-            attn, h = layer.self_attn, layer.input_layernorm(x)
-            k[rows, :, at] = rotate(attn.keys(h), cos, sin)
-            v[rows, :, at] = attn.values(h)
-            q = (rotate(attn.queries(h), cos, sin) * scale).unflatten(1, (attn.kv_heads, -1)).flatten(0, 1)
+        turns = {key: [table[at][:, None] for table in tables] for key, tables in self.turns.items()}
+        x, own = model.embed(self.token[:R])
+        biases = {s.window: bias_of(at, C, s.window) for s in model.shapes}
+        rows = torch.arange(R)
+        for i, (layer, s) in enumerate(zip(model.layers, model.shapes)):
+            attn, h, turn, bias = layer.self_attn, layer.input_layernorm(x), turns[s.rope, s.head_dim], biases[s.window]
+            k, v = self.caches[s.source]
+            if s.source == i:
+                k[rows, :, at] = rotate(attn.keys(h), *turn)
+                v[rows, :, at] = attn.values(h)
+            q = rotate(attn.queries(h), *turn) * s.attention_scale
+            q = q.unflatten(1, (attn.kv_heads, -1)).flatten(0, 1)
             scores = torch.bmm(q, k[:R, :, :C].flatten(0, 1).contiguous().transpose(1, 2)).float()
             weights = torch.softmax(scores.unflatten(0, (R, -1)) + bias, -1).to(x.dtype).flatten(0, 1)
             o = torch.bmm(weights, v[:R, :, :C].flatten(0, 1).contiguous()).view(R, -1)
-            x = x + attn.o_proj(o)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer.finish(x, o, own[i])
         self.length[:R] += 1
-        self._append(slice(0, R), model.lm_head(model.norm(x)))
+        self._append(slice(0, R), model.head(model.norm(x)))
         self.steps += 1
         self.row_steps += R
+
+
+def bias_of(at: Tensor, C: int, window: int | None) -> Tensor:
+    """at [R], positions of the queries -> [R, 1, 1, C]: 0 = attend, -inf = not."""
+    back = at[:, None] - torch.arange(C)
+    out = (back < 0) if window is None else (back < 0) | (back >= window)
+    return torch.zeros(len(at), C).masked_fill_(out, -torch.inf)[:, None, None]
 
 
 def pick(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:

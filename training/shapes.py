@@ -5,7 +5,9 @@
 Knows: the shapes, how a target's and a draft's folders look. Refuses to know: what such weights would compute (nothing).
 
 Sources: Qwen/Qwen3-0.6B and Qwen/Qwen3-4B (config.json); deepseek-ai/dspark_qwen3_4b_block7 (5 layers of the target's
-shape, rank 256, block 7). Weights are bfloat16, drawn shard by shard: no more than one shard is in memory.
+shape, rank 256, block 7). gemma4-defaults is no published model: it has the sizes that transformers' Gemma4TextConfig
+has for want of others, inputs of each layer's own among them, and a softcap of 30. Weights are bfloat16, drawn shard by
+shard: no more than one shard is in memory.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from training.decoder_config import DecoderConfig, RopeConfig
 from training.draft import DraftConfig, DraftModel
 from training.formats.deepspec import config_to_json
+from training.gemma4_config import FULL, SLIDING, Gemma4Config, write_gemma4
 from training.target import TIED, TargetModel
 
 _QWEN3 = DecoderConfig(
@@ -31,10 +34,21 @@ _QWEN3 = DecoderConfig(
     num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e6), max_position_embeddings=40960,
     qk_norm=True, tie_word_embeddings=True, model_type="qwen3",
 )  # fmt: skip
+_GEMMA4 = DecoderConfig(
+    vocab_size=262144, hidden_size=2304, intermediate_size=9216, num_hidden_layers=30, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, rope=RopeConfig(), max_position_embeddings=131072,
+    qk_norm=True, tie_word_embeddings=True, model_type="gemma4_text", embed_scale=2304**0.5, logit_softcap=30.0,
+    gemma4=Gemma4Config(
+        layer_types=(*(SLIDING,) * 5, FULL) * 5, sliding_window=512, global_head_dim=512, num_global_key_value_heads=4,
+        full_rope=RopeConfig(theta=1e6, rope_type="proportional", rotated_share=0.25), per_layer_size=256,
+    ),
+)  # fmt: skip
 SHAPES = {
+    "gemma4-defaults": _GEMMA4,
     "qwen3-0.6b": _QWEN3,
     "qwen3-4b": replace(_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
 }
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gemma4_text": "Gemma4ForCausalLM"}
 DRAFT_LAYERS, BLOCK, RANK, MASK, EOS = 5, 7, 256, 151669, [151645, 151643]
 SHARD_BYTES = 1 << 30
 
@@ -42,9 +56,9 @@ SHARD_BYTES = 1 << 30
 def draft_shape(target: DecoderConfig) -> DraftConfig:
     """The draft of dspark_qwen3_4b_block7's kind for a target: the same width, features of five layers spread out."""
     layers = target.num_hidden_layers
-    spread = {round(1 + i * (layers - 4) / 4) for i in range(5)} if layers > 8 else {0, layers - 1}
+    spread = {round(1 + i * (layers - 4) / 4) for i in range(5)} if layers > 8 else {-1, layers - 2}
     return DraftConfig(
-        decoder=replace(target, num_hidden_layers=DRAFT_LAYERS, tie_word_embeddings=False),
+        decoder=target.for_draft(DRAFT_LAYERS),
         block_size=BLOCK,
         mask_token_id=min(MASK, target.vocab_size - 1),
         target_layer_ids=tuple(sorted(spread)),
@@ -66,8 +80,7 @@ def write_random(
         del state[TIED]
     names = {("" if name == TIED else "model.") + name: tensor for name, tensor in state.items()}
     written = write_shards(names, out, seed, shard_bytes)
-    raw = {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[target.model_type]],
+    raw = write_gemma4(target) if target.gemma4 else {
         "model_type": target.model_type,
         "vocab_size": target.vocab_size,
         "hidden_size": target.hidden_size,
@@ -81,6 +94,9 @@ def write_random(
         "rope_theta": target.rope.theta,
         "tie_word_embeddings": target.tie_word_embeddings,
         "hidden_act": "silu",
+    }  # fmt: skip
+    raw |= {
+        "architectures": [ARCHITECTURES[target.model_type]],
         "torch_dtype": "bfloat16",
         "eos_token_id": [min(i, target.vocab_size - 1) for i in EOS],
     }
@@ -130,7 +146,8 @@ def drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     scale = 1.0 if "embed_tokens" in name else shape[-1] ** -0.5
     for part in tensor.split(max(1, (1 << 24) // max(1, tensor[0].numel()))):
         noise = torch.randn(part.shape, generator=generator)
-        part.copy_(1 + 0.1 * noise if len(shape) == 1 and "norm" in name else noise * scale)
+        near_one = len(shape) == 1 and ("norm" in name or "layer_scalar" in name)
+        part.copy_(1 + 0.1 * noise if near_one else noise * scale)
     return tensor
 
 

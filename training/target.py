@@ -1,6 +1,7 @@
-"""Target models (Llama family, Qwen3) in the packed-token form that the compiled engine has.
+"""Target models (Llama family, Qwen3, Gemma4's text) in the packed-token form that the compiled engine has.
 
-Knows: the decoder's mathematics and its Hugging Face weight names. Refuses to know: drafts, losses, ONNX.
+Knows: the stack, its caches and its Hugging Face weight names. Refuses to know: what a layer computes behind attention
+(layers.py, gemma4.py), drafts, losses, ONNX.
 
 Legend: N packed tokens of all requests, R requests, Q padded query slots a request, C cache positions attended,
 M rows that need logits, V vocabulary, d hidden size, H / H_kv query / key-value heads, D head size, L feature layers.
@@ -16,77 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.decoder_config import DecoderConfig
+from training.decoder_config import DecoderConfig, LayerShape
+from training.families import decoder_layer
+from training.gemma4 import add_layer_inputs, layer_inputs
+from training.layers import MLP, AttentionProjections, DecoderLayer, RMSNorm, rotate, scaled, softcapped
 from training.weights import StoredTensor, load_exactly, stored_tensors
 
+__all__ = ["MLP", "AttentionProjections", "DecoderLayer", "PackedBatch", "RMSNorm", "TargetModel", "rotate"]
 TIED = "lm_head.weight"  # the tensor that a tied target lacks
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever the input's dtype."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split layout. x [..., D]; cos, sin broadcastable to [..., D/2]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-class MLP(nn.Module):
-    def __init__(self, c: DecoderConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class AttentionProjections(nn.Module):
-    """q, k, v, o of one layer with the optional per-head norms of Qwen3; what is attended to is the caller's affair."""
-
-    def __init__(self, c: DecoderConfig):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
-
-    def queries(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., H, D], normed, not yet rotated."""
-        return self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)))
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., H_kv, D], normed, not yet rotated."""
-        return self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)))
-
-    def values(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., H_kv, D]."""
-        return self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, c: DecoderConfig):
-        super().__init__()
-        self.self_attn = AttentionProjections(c)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # of a text model's names
+OTHER_SENSES = ("vision", "audio", "multi_modal", "embed_vision", "embed_audio")  # of a checkpoint with more than text
 
 
 @dataclass(frozen=True)
@@ -147,53 +87,71 @@ class TargetModel(nn.Module):
         self.layer_ids = tuple(layer_ids)
         check_layer_ids(self.layer_ids, config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(decoder_layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor] | None = None
+        if has_layer_inputs(config):
+            add_layer_inputs(self, config)
+        self.shapes = config.layers
+        self._rope: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [>= positions, D/2] float32, computed once and grown when a longer context comes."""
-        if self._rope is None or self._rope[0].shape[0] < positions:
-            self._rope = self.config.rope.tables(self.config.head_dim, max(positions, 512))
-        return self._rope
+    def rope_tables(self, positions: int, shape: LayerShape) -> tuple[Tensor, Tensor]:
+        """A layer's cos, sin [>= positions, D/2] float32, computed once and grown when a longer context comes."""
+        key = shape.rope, shape.head_dim
+        if key not in self._rope or self._rope[key][0].shape[0] < positions:
+            self._rope[key] = shape.rope.tables(shape.head_dim, max(positions, 512))
+        return self._rope[key]
 
     def new_caches(self, R: int, S: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer, key and value caches [R, H_kv, S, D] of zeros in the weights' dtype."""
-        shape = (R, self.config.num_key_value_heads, S, self.config.head_dim)
+        """For each layer that keeps its own, key and value caches [R, H_kv, S, D] of zeros in the weights' dtype."""
         weight = self.embed_tokens.weight
-        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+        shapes = [(R, s.num_key_value_heads, S, s.head_dim) for s in self.config.cached_layers]
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for shape in shapes]
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """ids [N] -> the first layer's input [N, d], and each layer's own input [N, p] or None."""
+        x = scaled(self.embed_tokens(ids), self.config.embed_scale)
+        if not has_layer_inputs(self.config):
+            return x, [None] * len(self.layers)
+        return x, list(layer_inputs(self, self.config, ids, x).unbind(1))
+
+    def head(self, last: Tensor) -> Tensor:
+        """Normed hidden states [..., d] -> logits [..., V]."""
+        return softcapped(self.lm_head(last), self.config.logit_softcap)
 
     def forward(
         self, batch: PackedBatch, logit_rows: Tensor, caches: list[tuple[Tensor, Tensor]] | None = None
     ) -> TargetOutput:
         """One packed pass. With caches, keys and values are written in place at write_index and C positions of the
         cache are attended; without, the batch is self-contained (write_index all 0, C = Q)."""
-        cos, sin = self.rope_tables(int(batch.position_ids.max()) + 1)
-        cos, sin = cos[batch.position_ids][:, :, None], sin[batch.position_ids][:, :, None]
-        slots = batch.write_index[:, None] + torch.arange(batch.position_ids.shape[1])
-        x = self.embed_tokens(batch.token_ids)
-        features = {-1: x}
-        for i, layer in enumerate(self.layers):
-            h = layer.input_layernorm(x)
-            attn = layer.self_attn
-            q = rotate(attn.queries(h)[batch.pad_index], cos, sin).transpose(1, 2)
-            k = rotate(attn.keys(h)[batch.pad_index], cos, sin).transpose(1, 2)
-            v = attn.values(h)[batch.pad_index].transpose(1, 2)
-            if caches is not None:
-                C = batch.mask.shape[-1]
-                k, v = (self._write(cache, new, slots)[:, :, :C] for cache, new in zip(caches[i], (k, v)))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, enable_gqa=True)
-            o = o.transpose(1, 2).flatten(2).flatten(0, 1)[batch.pack_index]
-            x = x + attn.o_proj(o)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        positions, pad = batch.position_ids, batch.pad_index
+        masks = {s.window: within(batch.mask, positions, s.window) for s in self.shapes}
+        turns = {}
+        for s in self.shapes:
+            tables = self.rope_tables(int(positions.max()) + 1, s)
+            turns[s.rope, s.head_dim] = [table[positions][:, :, None] for table in tables]
+        slots = batch.write_index[:, None] + torch.arange(positions.shape[1], device=positions.device)
+        x, own = self.embed(batch.token_ids)
+        features, kept = {-1: x}, {}
+        for i, (layer, s) in enumerate(zip(self.layers, self.shapes)):
+            h, attn, turn = layer.input_layernorm(x), layer.self_attn, turns[s.rope, s.head_dim]
+            q = rotate(attn.queries(h)[pad], *turn).transpose(1, 2)
+            if s.source == i:
+                k, v = rotate(attn.keys(h)[pad], *turn).transpose(1, 2), attn.values(h)[pad].transpose(1, 2)
+                if caches is not None:
+                    C = batch.mask.shape[-1]
+                    k, v = (self._write(cache, new, slots)[:, :, :C] for cache, new in zip(caches[i], (k, v)))
+                kept[i] = k, v
+            mask, scale = masks[s.window], s.attention_scale
+            o = F.scaled_dot_product_attention(q, *kept[s.source], attn_mask=mask, scale=scale, enable_gqa=True)
+            x = layer.finish(x, o.transpose(1, 2).flatten(2).flatten(0, 1)[batch.pack_index], own[i])
             if i in self.layer_ids:
                 features[i] = x
         last = self.norm(x)
         feats = torch.cat([features[i] for i in self.layer_ids], dim=-1) if self.layer_ids else x[:, :0]
-        return TargetOutput(self.lm_head(last[logit_rows]), feats, last)
+        return TargetOutput(self.head(last[logit_rows]), feats, last)
 
     @staticmethod
     def _write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
@@ -225,12 +183,40 @@ def target_tensors(folder: Path, config: DecoderConfig) -> dict[str, StoredTenso
     """The checkpoint's tensors, unread, under TargetModel's names; a tied lm_head is the embedding.
 
     Raises FileNotFoundError when there is no *.safetensors file."""
-    state = {name.removeprefix("model."): t for name, t in stored_tensors(folder).items()}
+    state = {bare(name): t for name, t in stored_tensors(folder).items()}
+    if config.gemma4:
+        state = {name: t for name, t in state.items() if not is_spare(name, config)}
     if config.tie_word_embeddings:
         state.pop(TIED, None)
         if "embed_tokens.weight" in state:  # where it is missing, check_fit says so
             state[TIED] = state["embed_tokens.weight"]
     return state
+
+
+def bare(name: str) -> str:
+    """A tensor's name without what a checkpoint puts before its text model's."""
+    prefix = next((p for p in PREFIXES if name.startswith(p)), "")
+    return name.removeprefix(prefix)
+
+
+def is_spare(name: str, config: DecoderConfig) -> bool:
+    """Whether a Gemma4 checkpoint's tensor is of pictures or sound, or makes keys and values in a layer that shares."""
+    if name.startswith(OTHER_SENSES):
+        return True
+    part = name.split(".")
+    shares = part[0] == "layers" and config.layer(int(part[1])).source != int(part[1])
+    return shares and part[-2] in ("k_proj", "v_proj", "k_norm", "v_norm")
+
+
+def has_layer_inputs(config: DecoderConfig) -> bool:
+    return config.gemma4 is not None and config.gemma4.per_layer_size > 0
+
+
+def within(mask: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """mask [R, 1, Q, C] bool, without the cache positions (their index) that lie `window` or more before a query's."""
+    if window is None:
+        return mask
+    return mask & (positions[:, None, :, None] - torch.arange(mask.shape[-1], device=mask.device) < window)
 
 
 def check_layer_ids(layer_ids: tuple[int, ...], num_layers: int) -> None:

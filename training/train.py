@@ -6,6 +6,7 @@ Knows: which checkpoint a run begins with, what a person wants to see of it. Ref
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from training.checkpoint import load_draft
 from training.data import Sequence, TargetPass, coverage, is_held_out
-from training.initialisation import HeadShape, default_layer_ids, eos_ids, new_draft
+from training.formats.layouts import layers_of
+from training.initialisation import HeadShape, eos_ids, new_draft
 from training.ranks import Ranks
 from training.settings import TrainSettings
 from training.target import TargetModel
@@ -37,15 +39,19 @@ def train(
         raise FileNotFoundError(f"{out} holds no state.pt to resume from.")
     if not resume and (Path(out) / "state.pt").exists():
         raise ValueError(f"{out} holds a run already; add --resume, or name another folder.")
-    ranks = Ranks.join()
+    ranks = Ranks.join(settings.device)
     draft = None if source is None else load_draft(source, target_folder)
     sequences = ranks.from_first(load)
-    layer_ids = shape.layer_ids or default_layer_ids(int(raw["num_hidden_layers"]))
+    layer_ids = shape.layers_of(layers_of(target_folder))
     if draft is not None:
-        layer_ids = draft.config.target_layer_ids
+        layer_ids, found = draft.config.target_layer_ids, draft.config.kind
+        if found != shape.module:
+            raise ValueError(f"{source} holds a draft of kind {found!r}, and kind is {shape.kind!r}.")
     target = TargetModel.from_pretrained(target_folder, layer_ids, dtype)
     if draft is None:
         draft = new_draft(target, [s for s in sequences if not is_held_out(s)], shape, settings.seed, eos_ids(raw))
+    if settings.device != "cpu":
+        target, draft = target.to(settings.device), draft.to(settings.device)
     trainer = Trainer(target, draft, load, out, settings, ranks)
     if resume:
         trainer.resume()
@@ -57,12 +63,13 @@ def train(
     tokens = sum(len(s.tokens) - s.prompt_length for s in sequences)
     padded = sum(b.tokens.numel() for b in trainer.batches)
     cache = padded * TargetPass.bytes_per_token(target) / 1e9
+    memory = min(cache, settings.feature_cache_gb)
     size = sum(p.numel() for p in trainer.parameters) / 1e6
     print(
         f"{len(sequences):,} sequences, {tokens:,} answer tokens, {len(trainer.batches):,} batches, "
         f"{len(trainer.held_out.batches)} held-out batches; {size:.1f}M trained parameters, draft vocabulary "
         f"{draft.config.vocab_out:,} covers {coverage(sequences, draft.draft_to_target(), V):.2%}; features in memory: "
-        f"{min(cache, settings.feature_cache_gb):.1f} of {cache:.1f} GB.",
+        f"{memory:.1f} of {cache:.1f} GB{disk_plan(trainer, cache - memory)}.",
         flush=True,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -82,5 +89,31 @@ def train(
     ranks.leave()
     done = trainer.progress
     minutes = done.seconds / 60
-    print(f"{done.step:,} steps, {done.blocks:,} blocks, {done.tokens:,} answer tokens seen, {minutes:.1f} minutes.")
+    tired = f"; stopped: the held-out tau has not risen for {done.waited} evaluations" if trainer.tired else ""
+    seen = f"{done.blocks:,} blocks, {done.tokens:,} answer tokens seen"
+    print(f"{done.step:,} steps, {seen}, {minutes:.1f} minutes{tired}.")
+    print(disk_line(trainer.disk))
     return trainer
+
+
+def disk_plan(trainer: Trainer, wanted: float) -> str:
+    """What the feature files will hold, of the `wanted` GB that the memory has no room for. Raises ValueError when the
+    disk has no room for them."""
+    files = trainer.target_pass.files
+    if files is None:
+        return ""
+    folder = next(f for f in (files.folder, *files.folder.parents) if f.exists())
+    planned, free = min(wanted, files.limit * trainer.ranks.size / 1e9), shutil.disk_usage(folder).free / 1e9
+    if planned > free:
+        asked = f"feature_disk_gb is {trainer.settings.feature_disk_gb:g}"
+        raise ValueError(f"{asked}; {planned:.2f} GB would be used, and {folder} has {free:.2f} GB free.")
+    return f", in files under {files.folder} up to {planned:.2f} GB ({free:.0f} GB free)"
+
+
+def disk_line(disk: dict[str, int]) -> str:
+    """What the run used on disk beside its checkpoints, and what the cached recipe would have."""
+    used, cached = disk["tokens"] + disk["features"], disk["cached_recipe"]
+    return (
+        f"Disk for the data: token ids {disk['tokens'] / 1e6:.1f} MB, features {disk['features'] / 1e6:.1f} MB at most; "
+        f"the reference's recipe caches {cached / 1e6:,.1f} MB for the same tokens ({used / cached:.2%} of it used here)."
+    )

@@ -1,7 +1,8 @@
 """Trains a draft module against a frozen target: features on the fly, three losses, checkpoints that resume exactly.
 
 Knows: the schedule, the optimiser, what is logged and kept. Refuses to know: how answers were generated, how a head
-begins (initialisation.py), what is done with a batch (batch_pass.py), ONNX, serving.
+begins (initialisation.py), what is done with a batch (batch_pass.py), where gradients are made (gradients.py), how a
+checkpoint survives (run_state.py), ONNX, serving.
 
 All randomness is drawn from (seed, step) or (seed, epoch): a run with `steps` is a function of its seed and data, and a
 resumed run continues as if it had not stopped. A run with `minutes` decays its learning rate by the share of time used;
@@ -13,37 +14,41 @@ Legend: B sequences, A anchors a sequence, G block size.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from training.autoregressive import ArDraft
+from training.average import Average
 from training.batch_pass import BatchPass
-from training.checkpoint import save_draft
+from training.checkpoint import draft_module, save_draft
 from training.data import Batch, Sequence, TargetPass, is_held_out, make_batches, sequence_key
 from training.draft import DraftModel
-from training.formats.deepspec import config_to_json
+from training.feature_files import TOKEN_BYTES, FeatureFiles, cached_recipe_bytes
+from training.formats.layouts import config_json
+from training.gradients import LOSSES, Job, Replicated, Sharded
 from training.held_out import HeldOut
 from training.loss import block_acceptance
+from training.optimiser import Optimiser
 from training.ranks import Ranks
+from training.run_log import RunLog
+from training.run_state import NotSaved, filled, read_run, write_run
 from training.seeds import generator_for
-from training.settings import TrainSettings
+from training.settings import FREE, TrainSettings
 from training.target import TargetModel
-
-ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with the weights. `place` is the next batch of the epoch's order."""
+    """Where a run stands; saved with the weights. `place` is the next batch of the epoch's order; best: the best
+    held-out tau so far, waited: evaluations since."""
 
     step: int = 0
     epoch: int = 0
@@ -51,21 +56,8 @@ class Progress:
     blocks: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-
-LOSSES = ("total", "ce", "l1", "confidence")
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the log says of one batch of a step: LOSSES, chance [N] of acceptance and valid [B*A, G] of its slots,
-    counts."""
-
-    losses: tuple[float, ...]
-    chance: Tensor
-    valid: Tensor
-    blocks: int
-    tokens: int
+    best: float = 0.0
+    waited: int = 0
 
 
 class Trainer:
@@ -76,16 +68,19 @@ class Trainer:
     """
 
     def __init__(
-        self, target: TargetModel, draft: DraftModel, load: Callable[[], list[Sequence]], out: Path,
+        self, target: TargetModel, draft: DraftModel | ArDraft, load: Callable[[], list[Sequence]], out: Path,
         settings: TrainSettings, ranks: Ranks = Ranks(),
     ):  # fmt: skip
         if settings.batches_per_step < ranks.size:
             raise ValueError(
                 f"batches_per_step is {settings.batches_per_step}; it must be at least the {ranks.size} processes of the run."
             )
-        self.draft, self.out, self.settings, self.ranks = draft, Path(out), settings, ranks
+        self.target, self.draft, self.out, self.settings, self.ranks = target, draft, Path(out), settings, ranks
         self.load = lambda: ranks.from_first(load)
-        self.target_pass = TargetPass(target, draft.draft_to_target(), int(settings.feature_cache_gb * 1e9))
+        files, limit = None, int(settings.feature_disk_gb * 1e9) // ranks.size
+        if limit:
+            files = FeatureFiles(Path(settings.feature_folder or self.out) / f"features-{ranks.rank}", limit)
+        self.target_pass = TargetPass(target, draft.draft_to_target(), int(settings.feature_cache_gb * 1e9), files)
         self.batch_pass = BatchPass(target, draft, self.target_pass, settings)
         self.batches: list[Batch] = []
         self.held_out = HeldOut(settings)
@@ -95,16 +90,18 @@ class Trainer:
             raise ValueError("the training data holds no sequence with two answer tokens inside max_length.")
         draft.train().requires_grad_(True)
         draft.embed_tokens.requires_grad_(False)
-        self.parameters = [p for p in draft.parameters() if p.requires_grad]
-        ranks.like_first([p.data for p in self.parameters])
-        self.optimizer = torch.optim.AdamW(self.parameters, settings.lr, ADAM_BETAS, weight_decay=0.0, fused=True)
+        if settings.compile and hasattr(draft, "backbone"):
+            draft.backbone = torch.compile(draft.backbone, dynamic=True)
+        if settings.sharding == "fsdp2" and ranks.size > 1:
+            self.gradients = Sharded(self.batch_pass, ranks, settings.seed)
+        else:
+            self.gradients = Replicated(self.batch_pass, ranks, settings.seed, settings.batches_per_step)
+        self.parameters, self.workers = self.gradients.parameters, self.gradients.workers
+        self.optimizer = Optimiser(settings.optimiser, draft, self.parameters, settings.lr)
+        self.average = Average(self.parameters, settings.ema) if settings.ema else None
         self.progress = Progress()
+        self.disk: dict[str, int] = {}
         self.stop_requested = False
-        self.workers = ThreadPoolExecutor(
-            min(-(-settings.batches_per_step // ranks.size), max(1, (os.cpu_count() or 1) // ranks.local_size)),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        )
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -122,52 +119,43 @@ class Trainer:
             self.grown.append(sorted(new))
             self.batches += make_batches(list(new.values()), self.settings.tokens_per_batch, self.settings.max_length)
 
+    def disk_used(self) -> dict[str, int]:
+        """Bytes on disk at most so far for the sequences trained on (token ids, feature files of all ranks), and what
+        the cached recipe would have there. Every rank must ask."""
+        files = self.target_pass.files
+        lengths = [n for batch in self.batches for n in batch.lengths]
+        return {
+            "tokens": TOKEN_BYTES * sum(lengths),
+            "features": sum(self.ranks.gather(files.peak if files else 0)),
+            "cached_recipe": cached_recipe_bytes(lengths, self.target.config.hidden_size, len(self.target.layer_ids)),
+        }
+
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def gradients(self, key: int, number: int) -> tuple[tuple[Tensor | None, ...], Seen]:
-        """Forward and backward of batch `key`: the gradient of each parameter (None where unused). `number` (step and
-        place in it) seeds its anchors."""
-        batch = self.batches[key]
-        f, losses, keep = self.batch_pass(batch, key, generator_for(self.settings.seed, "anchors", number))
-        gradients = torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
-        values = tuple(float(getattr(losses, name).detach()) for name in LOSSES)
-        chance, valid = 1 - 0.5 * losses.row_l1, f.valid.flatten(0, 1)
-        return gradients, Seen(values, chance, valid, int(keep.sum()), int(batch.loss_mask.sum()))
-
     def step(self) -> dict:
-        """One optimiser step -> its line of the log.
-
-        A batch runs on one thread from end to end: two threads that met at every operation would wait for each other
-        whenever the machine has other work.
-        """
+        """One optimiser step -> its line of the log."""
         s, done = self.settings, self.progress
         if done.place == len(self.batches):
             done.epoch, done.place = done.epoch + 1, 0
             self.grow(self.load())
         order = torch.randperm(len(self.batches), generator=generator_for(s.seed, "order", done.epoch))
         keys = order[done.place : done.place + s.batches_per_step].tolist()
-        numbers = [done.step * s.batches_per_step + i for i in range(len(keys))]
-        mine = list(self.workers.map(self.gradients, self.ranks.share(keys), self.ranks.share(numbers)))
-        sums = []
-        for parts in zip(*(gradients for gradients, _ in mine)) if mine else [()] * len(self.parameters):
-            present = [g for g in parts if g is not None]
-            sums.append(sum(present[1:], start=present[0]) if present else None)
-        for parameter, gradient in zip(self.parameters, self.ranks.total(sums, self.parameters)):
-            parameter.grad = None if gradient is None else gradient.div_(len(keys))
-        norm = nn.utils.clip_grad_norm_(self.parameters, s.clip)
+        seen = self.gradients([Job(self.batches[k], k, done.step * s.batches_per_step + i) for i, k in enumerate(keys)])
+        norm = float(self.gradients.whole(nn.utils.clip_grad_norm_(self.parameters, s.clip)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr = s.lr * self.lr_share()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         done.step, done.place = done.step + 1, done.place + len(keys)
-        seen = self.ranks.joined([seen for _, seen in mine])
         done.blocks += sum(x.blocks for x in seen)
         done.tokens += sum(x.tokens for x in seen)
         chance, tau = block_acceptance(torch.cat([x.chance for x in seen]), torch.cat([x.valid for x in seen]))
         values = {name: round(sum(x.losses[i] for x in seen) / len(seen), 5) for i, name in enumerate(LOSSES)}
         return {
             "step": done.step, "epoch": done.epoch, "batches": len(self.batches), **values, "acceptance": chance,
-            "tau": tau, "lr": lr, "grad_norm": round(float(norm), 4), "blocks": done.blocks, "tokens": done.tokens,
+            "tau": tau, "lr": lr, "grad_norm": round(norm, 4), "blocks": done.blocks, "tokens": done.tokens,
         }  # fmt: skip
 
     def share_done(self) -> float:
@@ -187,61 +175,102 @@ class Trainer:
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[dict], None] = lambda line: None) -> None:
-        """Trains to the end (or until SIGTERM / SIGINT), saving every save_minutes. `report` sees each line of the
-        log."""
+        """Trains to the end (or until SIGTERM / SIGINT, or until the held-out tau has not risen for `patience`
+        evaluations), saving every save_minutes. `report` sees each line of the log. Raises NotSaved when the end cannot
+        be saved."""
         torch.set_flush_denormal(True)
         self.out.mkdir(parents=True, exist_ok=True)
         ask = lambda *_: setattr(self, "stop_requested", True)
         previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         started, base = time.monotonic(), self.progress.seconds
         saved = started
+        log = RunLog(self.out if self.ranks.first else None, self.settings.tensorboard, self.progress.step)
         try:
-            with (self.out / "log.jsonl" if self.ranks.first else Path(os.devnull)).open("a") as log:
-                stop = self.stop_requested
-                while self.share_done() < 1 and not stop:
-                    line = self.step()
-                    self.progress.seconds = self.ranks.from_first(lambda: base + time.monotonic() - started)
-                    line["seconds"] = round(self.progress.seconds, 2)
-                    last = self.share_done() >= 1
-                    if self.ranks.first and (self.progress.step % self.settings.evaluate_steps == 0 or last):
-                        line["held_out"] = self.held_out.evaluate(self.batch_pass, self.workers)
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
-                    report(line)
-                    if time.monotonic() - saved > 60 * self.settings.save_minutes and not last:
+            stop = self.stop_requested or self.tired
+            while self.share_done() < 1 and not stop:
+                line = self.step()
+                self.progress.seconds = self.ranks.from_first(lambda: base + time.monotonic() - started)
+                line["seconds"] = round(self.progress.seconds, 2)
+                last = self.share_done() >= 1
+                if self.progress.step % self.settings.evaluate_steps == 0 or last:
+                    line["disk"] = self.disk = self.disk_used()
+                    if self.ranks.first or self.gradients.together:
+                        line.update(self.evaluate())
+                log.write(line)
+                report(line)
+                due = time.monotonic() - saved > 60 * self.settings.save_minutes and not last
+                if self.ranks.from_first(lambda: due):
+                    try:
                         self.save()
-                        saved = time.monotonic()
-                    stop = any(self.ranks.gather(self.stop_requested))
+                    except NotSaved as error:
+                        print(f"step {line['step']}: {error} The run goes on and tries again.", file=sys.stderr)
+                    saved = time.monotonic()
+                stop = any(self.ranks.gather(self.stop_requested or self.tired))
+            self.disk = self.disk_used()
             self.save()
         finally:
+            log.close()
+            if self.target_pass.files is not None:
+                self.target_pass.files.remove()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def evaluate(self) -> dict:
+        """What the held-out slice says of the weights, and of their mean (whose tau then counts for `patience`)."""
+        s, done, run = self.settings, self.progress, self.gradients.run
+        figures = {"held_out": self.held_out.evaluate(run, self.workers)}
+        self.gradients.settle()
+        if self.average is not None:
+            with self.average.lent():
+                figures["held_out_ema"] = self.held_out.evaluate(run, self.workers)
+                self.gradients.settle()
+        tau = figures["held_out_ema" if self.average else "held_out"].get("tau")
+        if tau is not None:
+            done.waited = 0 if tau > done.best else done.waited + 1
+            done.best = max(done.best, tau)
+        return figures
+
+    @property
+    def tired(self) -> bool:
+        """Whether the held-out tau has not risen for `patience` evaluations."""
+        return 0 < self.settings.patience <= self.progress.waited
+
     def save(self) -> None:
-        """latest/: the draft in DeepSpec format, bf16, without the frozen embedding; state.pt: what to go on from. Rank 0
-        writes; a run goes on with any number of processes that see the folder."""
-        if not self.ranks.first:
-            return
-        save_draft(self.draft, self.out / "latest", dtype=torch.bfloat16, embed_tokens=False)
-        trained = {k: v for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}
+        """latest/ (and latest-ema/): the draft in its kind's own layout, bf16, without the frozen embedding; state.pt:
+        what to go on from, with whole tensors: a run goes on with any number of processes that see the folder, sharded
+        or not. Every rank must ask; rank 0 writes. Raises NotSaved."""
+        whole = self.gradients.whole
+        trained = {k: whole(v) for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}
+        optimizer = self.optimizer.state_dict()
+        moments = {i: {k: whole(v) for k, v in kept.items()} for i, kept in optimizer["state"].items()}
         state = {
-            "draft": trained, "optimizer": self.optimizer.state_dict(), "progress": asdict(self.progress),
-            "config": config_to_json(self.draft.config), "settings": asdict(self.settings), "grown": self.grown,
+            "draft": trained, "optimizer": {**optimizer, "state": moments}, "progress": asdict(self.progress),
+            "config": config_json(self.draft.config), "settings": asdict(self.settings), "grown": self.grown,
             "held_out": self.held_out.keys,
         }  # fmt: skip
-        part = self.out / "state.pt.part"
-        torch.save(state, part)
-        os.replace(part, self.out / "state.pt")
+        drafts = {"latest": trained}
+        if self.average is not None:
+            names = [name for name, p in self.draft.named_parameters() if p.requires_grad]
+            state["ema"] = {name: whole(value) for name, value in zip(names, self.average.values)}
+            drafts["latest-ema"] = {**trained, **state["ema"]}
+        if self.ranks.first:
+            write_run(self.out, state, lambda: [self.write_draft(name, held) for name, held in drafts.items()])
+
+    def write_draft(self, name: str, trained: dict[str, Tensor]) -> None:
+        with torch.device("meta"):
+            model = draft_module(self.draft.config)
+        model.load_state_dict(trained, strict=False, assign=True)
+        save_draft(model, self.out / name, dtype=torch.bfloat16, embed_tokens=False)
 
     def resume(self) -> None:
-        """Continues from state.pt. Raises ValueError when it is of another draft, schedule or data set."""
-        state = torch.load(self.out / "state.pt", weights_only=True)
-        free = ("feature_cache_gb", "save_minutes", "evaluate_steps")
-        now = {k: v for k, v in asdict(self.settings).items() if k not in free}
-        differs = [k for k, v in now.items() if state["settings"].get(k) != v]
+        """Continues from state.pt. Raises ValueError when it is corrupt, or of another draft, schedule or data set."""
+        state = read_run(self.out)
+        now = {k: v for k, v in asdict(self.settings).items() if k not in FREE}
+        then = filled(state["settings"], asdict(TrainSettings(steps=1)))  # older runs had what are the defaults now
+        differs = [k for k, v in now.items() if then.get(k) != v]
         if differs:
             raise ValueError(f"{self.out}/state.pt was made with another {', '.join(differs)}; resume with the same.")
-        if state["config"] != config_to_json(self.draft.config):
+        if state["config"] != config_json(self.draft.config):
             raise ValueError(f"{self.out}/state.pt is of a draft with another config.json.")
         by_key = {sequence_key(x): x for x in self.load()}
         wanted = {key for keys in (*state["grown"], state["held_out"]) for key in keys}
@@ -252,6 +281,13 @@ class Trainer:
         for keys in state["grown"]:
             self.grow([by_key[key] for key in keys])
         self.hold_out([by_key[key] for key in state["held_out"]])
-        self.draft.load_state_dict(state["draft"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        part, own = self.gradients.part, self.draft.state_dict()
+        self.draft.load_state_dict({k: part(v, own[k]) for k, v in state["draft"].items()}, strict=False)
+        moments = {
+            i: {k: part(v, self.parameters[i]) if v.dim() else v for k, v in kept.items()}
+            for i, kept in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        if self.average is not None:
+            self.average.values = [part(v, p) for v, p in zip(state["ema"].values(), self.parameters)]
         self.progress = Progress(**state["progress"])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,16 +41,20 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's *.safetensors files, unread. Raises FileNotFoundError when there is none."""
+    """Every tensor of the folder's *.safetensors files, unread. Raises FileNotFoundError when there is none, ValueError
+    when one is damaged."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():
-                part = handle.get_slice(name)
-                tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():
+                    part = handle.get_slice(name)
+                    tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is corrupt ({error}).") from None
     return tensors
 
 

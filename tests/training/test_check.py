@@ -6,6 +6,7 @@ The head is overfitted in seconds to a tiny target's answers: what it accepts, i
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from tests.training.answered import Answered
 from training import check as room
 from training.batch_pass import BatchPass
 from training.check import FAILED, WARNING, check, table
-from training.checkpoint import save_draft
+from training.checkpoint import load_draft, save_draft
 from training.data import TargetPass, make_batch
 from training.draft import DraftConfig, DraftModel
 from training.evaluate import generate_plain
 from training.formats.layouts import convert
 from training.initialisation import initialise
 from training.loss import LossWeights
+from training.repairs import readings
 from training.settings import TrainSettings
 from training.target import TargetModel
 
@@ -134,7 +136,6 @@ def test_a_whole_head_passes(target_folder, whole, prompts):
 @pytest.mark.parametrize(
     "keys, repair",
     [
-        ({"target_layer_ids": [2, 4]}, r"layer offset -1: target_layer_ids [1, 3] instead of [2, 4]"),
         ({"target_layer_ids": [0, 2]}, r"layer offset +1: target_layer_ids [1, 3] instead of [0, 2]"),
         ({"mask_token_id": 40}, "wrong mask id: mask_token_id 3 instead of 40"),
         ({"sample_from_anchor": False}, "anchor slot: sample_from_anchor true"),
@@ -143,6 +144,13 @@ def test_a_whole_head_passes(target_folder, whole, prompts):
 def test_a_wrong_key_is_named(keys, repair, target_folder, whole, prompts, broken):
     report = run(target_folder, broken(whole, **keys), prompts)
     assert report.failed and report.repair and report.repair.startswith(repair), table(report)
+
+
+def test_layers_are_moved_both_ways_but_not_onto_the_last(whole):
+    config = load_draft(whole).config
+    moved = lambda ids: [r.config.target_layer_ids for r in readings(replace(config, target_layer_ids=ids), {})][:2]
+    assert moved((1, 2)) == [(2, 3), (0, 1)]
+    assert moved((1, 3))[0] == (0, 2) and moved((-1, 2))[0] == (0, 3), "4 is the last, -1 the first"
 
 
 def test_the_anchor_slot_the_other_way_round(target_folder, answers, prompts, tmp_path):
@@ -223,12 +231,19 @@ def test_a_pair_that_cannot_be_is_refused_before_a_weight_is_read(target_folder,
     assert "its num_target_layers is 5, the target's is 4." in table(report) and report.length is None
 
 
+def test_the_last_layer_as_a_feature_is_refused(target_folder, whole, prompts, broken):
+    with pytest.raises(ValueError) as error:
+        check(target_folder, broken(whole, target_layer_ids=[1, 4]), prompts)
+    message = str(error.value)
+    assert "[1, 4]; 4 is the target's last layer" in message and "in -1..3." in message and "\n" not in message
+
+
 def test_what_is_odd_but_may_be_meant_is_a_warning(target_folder, whole, prompts, broken, monkeypatch, tmp_path):
     monkeypatch.setattr(room, "smoke_test", lambda *a: None)
     said = lambda report: [sentence for level, sentence in report.findings if level == WARNING]
-    odd = broken(whole, target_layer_ids=[1, 4], mask_token_id=63)
-    first, second = said(check(target_folder, odd, prompts))
-    assert "holds 4, the last layer" in first and "63 is an end-of-sequence token" in second
+    odd = broken(whole, mask_token_id=63)
+    (only,) = said(check(target_folder, odd, prompts))
+    assert "63 is an end-of-sequence token" in only
     shutil.copytree(target_folder, tmp_path / "target")
     tokens = {"added_tokens": [{"id": 3}], "model": {"vocab": {"a": 3, "b": 40}}}
     (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokens))

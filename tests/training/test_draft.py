@@ -9,19 +9,22 @@ from training.draft import block_attention, sample_inverse_cdf
 
 KINDS = {
     "vanilla": {},
+    "gemma4": {"family": "gemma4-12b", "layers": 2},
+    "plain layers for gemma4": {"family": "gemma4-e", "plain": True, "draft_vocab": 24},
     "gated": {"head": "gated"},
     "rnn": {"head": "rnn"},
     "dflash": {"rank": 0, "confidence": "hidden"},
     "confidence without Markov": {"confidence": "hidden"},
     "no confidence": {"confidence": None},
-    "layer -1, trimmed": {"layer_ids": (-1, 0, 2), "draft_vocab": 24},
+    "layer -1, trimmed": {"layer_ids": (-1, 0, 1), "draft_vocab": 24},
 }
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def draft(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return load_draft(make_draft(folder / "draft", make_target(folder / "target"), **KINDS[request.param]))
+    folder, options = tmp_path_factory.mktemp("models"), dict(KINDS[request.param])
+    target = make_target(folder / "target", family=options.pop("family", "llama"))
+    return load_draft(make_draft(folder / "draft", target, **options))
 
 
 def random_features(draft, B, S, seed=0):

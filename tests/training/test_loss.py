@@ -1,6 +1,7 @@
 """Losses: against the reference implementation's numbers, and the fused softmax against plain autograd."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from training.checkpoint import load_draft
-from training.loss import LossWeights, block_acceptance, block_losses, make_slots, target_rows
+from training.loss import LossWeights, block_acceptance, block_losses, make_slots, named_losses, target_rows
 from training.target import PackedBatch, TargetModel
 
 ORACLE = Path(__file__).parent.parent / "oracle"
@@ -109,3 +110,32 @@ def test_block_acceptance_is_the_mean_over_blocks_with_slots():
     valid = torch.tensor([[[1, 1], [1, 0], [0, 0]]]).bool()
     chance, tau = block_acceptance(torch.tensor([0.5, 0.5, 1.0]), valid)
     assert chance == [0.75, 0.5] and tau == pytest.approx(1 + (0.75 + 1.0) / 2, abs=1e-4)
+
+
+def test_soft_cross_entropy_is_that_of_the_renormalised_target_weighted_by_its_mass():
+    """EAGLE-3's loss written out with autograd, with the others beside it; and nothing of it where its weight is 0."""
+    x, head, _, p, p_row, labels, slot = random_rows(V_d=700)
+    weights = LossWeights(ce=0.3, l1=0.5, confidence=0.0, soft=0.7)
+    given = [t.clone().requires_grad_() for t in (x, head)]
+    losses = block_losses(*given, None, p, p_row, labels, slot, weights, 6)
+    plain = [t.clone().requires_grad_() for t in (x, head)]
+    inside, mass = p[p_row, :-1], 1 - p[p_row, -1]
+    log_q = torch.log_softmax(plain[0] @ plain[1].t(), -1)
+    each = -(inside / inside.sum(-1, keepdim=True) * log_q).sum(-1)
+    w = torch.exp(-slot / weights.decay) * mass
+    soft = (each * w).sum() / w.sum()
+    assert 0 < float(mass.min()) < 0.9 * float(mass.max()) and losses.soft.item() == pytest.approx(soft.item(), rel=1e-5)
+    rest = block_losses(*plain, None, p, p_row, labels, slot, replace(weights, soft=0.0), 6)
+    assert float(rest.soft) == 0
+    (rest.total + 0.7 * soft).backward()
+    losses.total.backward()
+    for ours, theirs in zip(given, plain):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_losses_go_by_name_and_by_kind():
+    assert named_losses("", "dspark") == named_losses("dspark", "mtp") == LossWeights()
+    assert named_losses("", "mtp") == named_losses("eagle3", "dflash") and named_losses("", "eagle3").ce == 0
+    assert [round(float(v), 4) for v in named_losses("", "eagle3").position(3)] == [1, 0.8, 0.64]
+    with pytest.raises(ValueError, match="loss is 'kl'; it must be one of dspark, eagle3, both."):
+        named_losses("kl", "dspark")

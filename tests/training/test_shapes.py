@@ -51,7 +51,19 @@ def test_what_is_written_loads_and_repeats(tmp_path):
     assert index == {name: t.file.name for name, t in stored.items()}
     target = TargetModel.from_pretrained(tmp_path / "target")
     assert target.config == SMALL and target.lm_head.weight is target.embed_tokens.weight
-    assert load_draft(tmp_path / "draft").config.target_layer_ids == (0, 2)
+    assert load_draft(tmp_path / "draft").config.target_layer_ids == (-1, 1)
+
+
+def test_a_gemma4_loads_and_so_does_its_draft(tmp_path):
+    details = replace(SHAPES["gemma4-defaults"].gemma4, global_head_dim=32, per_layer_size=8)
+    config = replace(
+        SHAPES["gemma4-defaults"], vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=12, head_dim=16,
+        num_attention_heads=4, embed_scale=32**0.5, gemma4=replace(details, layer_types=details.layer_types[:12]),
+    )  # fmt: skip
+    write_random(config, tmp_path / "target", draft=tmp_path / "draft")
+    assert TargetModel.from_pretrained(tmp_path / "target").config == config
+    draft = load_draft(tmp_path / "draft").config
+    assert draft.decoder == config.for_draft(5) and draft.decoder.layer(4).head_dim == 32
 
 
 def test_what_it_does_not_know_is_one_sentence():
@@ -59,7 +71,7 @@ def test_what_it_does_not_know_is_one_sentence():
 
     app = typer.Typer()
     app.command()(main)
-    refused = {"must be one of qwen3-0.6b, qwen3-4b.": ["--shape", "x"], "2 or more.": ["--shape", "qwen3-4b", "--layers", "1"]}
+    refused = {"must be one of gemma4-defaults, qwen3-0.6b, qwen3-4b.": ["--shape", "x"], "2 or more.": ["--shape", "qwen3-4b", "--layers", "1"]}
     for words, options in refused.items():
         done = CliRunner().invoke(app, [*options, "--out", "nowhere"])
         assert done.exit_code == 1 and done.output.strip().endswith(words)

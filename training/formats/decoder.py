@@ -6,20 +6,21 @@ Knows: Hugging Face's names for a decoder, in both generations of transformers. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TypeVar
 
-from training.decoder_config import DecoderConfig
+from training.decoder_config import GEMMA4, DecoderConfig
+from training.gemma4_config import FULL as FULL_ATTENTION
+from training.gemma4_config import write_gemma4
 
-FULL_ATTENTION = "full_attention"
 T = TypeVar("T")
 
 
 def decoder_to_json(dec: DecoderConfig, *, nested_rope: bool = True) -> dict:
     """The decoder's flat keys. nested_rope: `rope_parameters` (transformers 5), else `rope_theta` and
     `rope_scaling`."""
-    plain = dec.rope.rope_type == "default"
-    scaling = {} if plain else {k: v for k, v in asdict(dec.rope).items() if k != "theta"}
+    if dec.gemma4:
+        return {**write_gemma4(dec), "tie_word_embeddings": False}
+    scaling = dec.rope.scaling()
     if nested_rope:
         rope: dict = {"rope_parameters": {"rope_theta": dec.rope.theta, **(scaling or {"rope_type": "default"})}}
     else:
@@ -41,12 +42,13 @@ def decoder_to_json(dec: DecoderConfig, *, nested_rope: bool = True) -> dict:
         **rope,
         "tie_word_embeddings": False,
         "vocab_size": dec.vocab_size,
+        **({} if dec.embed_scale == 1 else {"embed_scale": dec.embed_scale}),
     }
 
 
 def family(dec: DecoderConfig) -> str:
-    """The model_type of a draft's decoder: what tells its layers apart is the norm of queries and keys."""
-    return "qwen3" if dec.qk_norm else "llama"
+    """The model_type of a draft's decoder: what tells Qwen3's layers from Llama's is the norm of queries and keys."""
+    return dec.model_type if dec.gemma4 else "qwen3" if dec.qk_norm else "llama"
 
 
 def read_decoder(raw: dict, source: str, model_type: str | None = None) -> DecoderConfig:
@@ -56,6 +58,8 @@ def read_decoder(raw: dict, source: str, model_type: str | None = None) -> Decod
         raise ValueError(f"{source}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported.")
     if other := set(raw.get("layer_types") or ()) - {FULL_ATTENTION}:
         raise ValueError(f"{source}: layer_types holds {sorted(other)}; only 'full_attention' is supported.")
+    if (model_type or raw.get("model_type")) in GEMMA4 and raw.get("hidden_size_per_layer_input"):
+        raise ValueError(f"{source}: hidden_size_per_layer_input is not 0; no draft has inputs of each layer's own.")
     return DecoderConfig.from_hf(raw, model_type=model_type)
 
 

@@ -1,10 +1,10 @@
 """The DeepSpec layout, which is this project's own: flat keys, weights under the names of training/draft.py.
 
-Source: github.com/deepseek-ai/DeepSpec at afdfa7c (deepspec/modeling/dspark/qwen3/{config,modeling}.py,
+Source: github.com/deepseek-ai/DeepSpec at afdfa7c (deepspec/modeling/dspark/{qwen3,gemma4}/{config,modeling}.py,
 .../markov_head.py). Beyond it, and only written when used: `draft_vocab_size` with a tensor `d2t` [V_d] int64 (EAGLE-3:
 target id of draft token i = i + d2t[i]); `sample_from_anchor` false, where block_size counts the anchor's slot, which
 drafts nothing; no `embed_tokens.weight` (the target's is used); no `lm_head.weight` (the target's is used; only with
-V_d = V).
+V_d = V); `embed_scale`, for Llama or Qwen3 layers behind the embedding of a Gemma4 target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from training.draft import DraftConfig
 from training.formats.decoder import decoder_to_json, drafted_tokens, family, read_decoder, reading
 
 NAME = "deepspec"
-ARCHITECTURES = {"qwen3": "Qwen3DSparkModel", "llama": "LlamaDSparkModel"}
+ARCHITECTURES = {"qwen3": "Qwen3DSparkModel", "llama": "LlamaDSparkModel", "gemma4_text": "Gemma4DSparkModel"}
 REQUIRED = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers")
 
 

@@ -3,8 +3,8 @@
 Knows: the order in which layouts are recognised, what a conversion has to add or may leave out. Refuses to know: any
 layout's keys (its own file does), modules, training.
 
-The terms of the project are a DraftConfig and tensors under the names of training/draft.py. A conversion copies tensors
-as they are stored: no value changes, in any direction.
+The terms of the project are a DraftConfig and tensors under the names of training/draft.py, or an ArConfig and those of
+training/autoregressive.py. A conversion copies tensors as they are stored: no value changes, in any direction.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.autoregressive import ArConfig
 from training.draft import DraftConfig
-from training.formats import deepspec, modelopt, specforge, speculators
+from training.formats import deepspec, eagle3, modelopt, mtp, specforge, speculators
 from training.weights import StoredTensor, read_safetensors, stored_tensors, write_checkpoint
 
-LAYOUTS = {layout.NAME: layout for layout in (speculators, specforge, modelopt, deepspec)}  # recognised in this order
+LAYOUTS = {x.NAME: x for x in (speculators, eagle3, mtp, specforge, modelopt, deepspec)}  # recognised in this order
+OWN = {"parallel": deepspec, "eagle3": eagle3, "mtp": mtp}  # a kind of draft: the layout that it is saved in
+WITH_T2D = ("speculators", "eagle3")  # where a trimmed vocabulary is stored in both directions
 BORROWED = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -29,7 +32,7 @@ class StoredDraft:
     """A draft as a folder holds it: its layout's name, config, tensors (unread, by our names), config.json as it is."""
 
     layout: str
-    config: DraftConfig
+    config: DraftConfig | ArConfig
     tensors: dict[str, StoredTensor]
     raw: dict
 
@@ -74,10 +77,12 @@ def layers_of(target_folder: str | Path) -> int | None:
 def detect(raw: dict, names: dict[str, StoredTensor], source: str) -> str:
     """The layout's name. Raises ValueError for a folder that holds no draft of a layout known here."""
     architectures = " ".join(raw.get("architectures") or [])
-    if "eagle" in architectures.lower() or raw.get("speculators_model_type") == "eagle3":
+    if raw.get("speculators_model_type") == "eagle3":
         raise ValueError(
-            f"{source}: an EAGLE draft ({architectures or 'eagle3'}); this version reads DSpark and DFlash drafts."
+            f"{source}: an EAGLE-3 draft in the speculators layout; this version reads SpecForge's eagle3."
         )
+    if "eagle" in architectures.lower() and not eagle3.matches(raw, names):
+        raise ValueError(f"{source}: an EAGLE draft ({architectures}) of an older version; this version reads EAGLE-3.")
     if any(name.startswith("mtp.") for name in names):
         raise ValueError(
             f"{source}: the draft lies in a target's own checkpoint (mtp.*); this version reads drafts apart."
@@ -106,17 +111,40 @@ def convert(
         raise ValueError(f"{out} exists and is not empty; name another folder.")
     draft = open_draft(source, target)
     layout, config = LAYOUTS[to], draft.config
+    if kind_of(to) != config.kind:
+        fits = ", ".join(sorted(name for name in LAYOUTS if kind_of(name) == config.kind))
+        raise ValueError(f"a draft of kind {config.kind!r} cannot be written in the layout {to!r}; it must be {fits}.")
+    if config.decoder.gemma4 and to != deepspec.NAME:
+        raise ValueError(f"the draft has Gemma4's layers, which the {to} layout does not say; keep it in deepspec.")
     raw = layout.write_config(config, verifier or (None if target is None else str(target)))
     state = {name: stored.load() for name, stored in draft.tensors.items()}
     notes = borrow_or_lend(state, to, target)
-    if not config.decoder.qk_norm and to != "deepspec":
+    if config.kind != "parallel":
+        notes += layout.notes(config)
+    elif not config.decoder.qk_norm and to != "deepspec":
         notes.append(f"this draft has no norms of queries and keys, which {to}'s own loader expects (Qwen3 layers).")
-    if to == "speculators" and "d2t" in state:
-        state["t2d"] = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
-        state["t2d"][torch.arange(config.vocab_out) + state["d2t"]] = True
-    theirs = layout.write_names(list(state), config)
-    write_checkpoint(Path(out), raw, {theirs.get(name, name): tensor for name, tensor in state.items()})
+    write_checkpoint(Path(out), raw, named(state, to, config))
     return notes
+
+
+def kind_of(layout: str) -> str:
+    """The kind of draft that a layout holds."""
+    return layout if layout in OWN else "parallel"
+
+
+def named(state: dict[str, Tensor], layout: str, config: DraftConfig | ArConfig) -> dict[str, Tensor]:
+    """A draft's tensors (by our names) under a layout's, with t2d [V] bool beside d2t where the layout has it."""
+    if layout in WITH_T2D and "d2t" in state:
+        t2d = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
+        t2d[torch.arange(config.vocab_out) + state["d2t"].flatten()] = True
+        state = {**state, "t2d": t2d}
+    theirs = LAYOUTS[layout].write_names(list(state), config)
+    return {theirs.get(name, name): tensor for name, tensor in state.items()}
+
+
+def config_json(config: DraftConfig | ArConfig) -> dict:
+    """config.json of a draft in the layout that it is saved in."""
+    return OWN[config.kind].write_config(config, None)
 
 
 def borrow_or_lend(state: dict[str, Tensor], to: str, target: str | Path | None) -> list[str]:
@@ -132,7 +160,8 @@ def borrow_or_lend(state: dict[str, Tensor], to: str, target: str | Path | None)
         state["lm_head.weight"] = theirs["lm_head.weight"].clone()
         return ["lm_head.weight is the target's."]
     notes = []
-    for name in BORROWED if to in ("specforge", "modelopt") else ():
+    borrowed = {"specforge": BORROWED, "modelopt": BORROWED, "eagle3": BORROWED[:1], "mtp": BORROWED[:1]}
+    for name in borrowed.get(to, ()):
         if name in state and theirs.get(name) is not None and same_values(state[name], theirs[name]):
             del state[name]
             notes.append(f"{name} is left out: it is the target's.")

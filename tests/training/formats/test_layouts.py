@@ -13,9 +13,10 @@ from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 from training.draft import DraftModel
 from training.formats.decoder import decoder_to_json
-from training.formats.layouts import LAYOUTS, convert, open_draft
+from training.formats.layouts import LAYOUTS, convert, kind_of, open_draft
 from training.formats.speculators import QWEN3_DEFAULTS
 
+PARALLEL = [name for name in LAYOUTS if kind_of(name) == "parallel"]
 QWEN = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0, "tie_word_embeddings": False}
 
 
@@ -143,7 +144,7 @@ def target_like(source, target, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("to", [name for name in LAYOUTS if name != "deepspec"])
+@pytest.mark.parametrize("to", [name for name in PARALLEL if name != "deepspec"])
 @pytest.mark.parametrize(
     "options", [{}, {"head": "gated"}, {"head": "rnn"}, {"layers": 2}, {"rank": 0, "confidence": None}], ids=str
 )
@@ -159,7 +160,7 @@ def test_there_and_back_is_bit_exact(to, options, make, target, tmp_path):
 
 
 @pytest.mark.parametrize("layout", PUBLIC)
-@pytest.mark.parametrize("via", LAYOUTS)
+@pytest.mark.parametrize("via", PARALLEL)
 def test_a_public_folder_survives_every_other_layout(layout, via, make, target, tmp_path):
     folder = by_hand(tmp_path / "public", make(), target, PUBLIC[layout])
     lends = target if via == "speculators" else None  # which stores an lm_head
@@ -201,7 +202,7 @@ def test_dflash_without_a_draft_from_the_anchor(make, target, tmp_path):
     wide = DraftModel(opened.config.__class__(**{**vars(opened.config), "block_size": 5, "sample_from_anchor": True}))
     wide.load_state_dict(draft.state_dict())
     assert torch.equal(hidden, wide.backbone(features, anchors, at)[:, :, 1:])
-    for to in LAYOUTS:
+    for to in PARALLEL:
         convert(folder, tmp_path / to, to, target=target)
         assert open_draft(tmp_path / to, target).config == opened.config
         assert open_draft(tmp_path / to, target).layout == to
@@ -265,7 +266,7 @@ REFUSED = [
     (as_zlab, {"block_size": 1}, "block_size is 1; without a draft from the anchor's slot it must be 2 or more"),
     (as_modelopt, {"dflash_config.markov_rank": None}, "lacks markov_rank"),
     (as_speculators, {"speculators_model_type": "mtp"}, "speculators_model_type is 'mtp'"),
-    (as_speculators, {"speculators_model_type": "eagle3"}, "an EAGLE draft"),
+    (as_speculators, {"speculators_model_type": "eagle3"}, "an EAGLE-3 draft in the speculators layout"),
     (as_speculators, {"aux_hidden_state_layer_ids": [2, 5]}, r"target_layer_ids is \[1, 4\]; they must .* -1..3"),
     (as_speculators, {"target_hidden_size": 64}, "target_hidden_size is 64"),
     (as_speculators, {"transformer_layer_config": None}, "no draft of a known layout|lacks transformer_layer_config"),
