@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from engines import Engines
 from engines.base import BackboneResult, ConfidenceBatch, MarkovBatch, MarkovResult
-from engines.pack import pack_backbone
+from engines.pack import draws_after, pack_draft
 
 from .metrics import Metrics
 from .random import prepare_draft
@@ -57,9 +57,10 @@ class Draft:
         return wide
 
 
-def markov_batch(members: list[Sequence], drafted: ndarray, anchors: ndarray, backbone: BackboneResult, vocab_size: int) -> MarkovBatch:
+def markov_batch(
+    members: list[Sequence], drafted: ndarray, anchors: ndarray, backbone: BackboneResult, G: int, vocab_size: int
+) -> MarkovBatch:
     """Of the B `members`, those with a real draft (`drafted` [B]) get the randomness of their accept rule."""
-    G = backbone.base_logits.shape[1]
     drawn = [i for i, s in enumerate(members) if s.drawn and drafted[i]]
     coupled = [i for i, s in enumerate(members) if s.coupled and drafted[i]]
     prepare_draft([members[i].stream for i in drawn], G)
@@ -85,6 +86,7 @@ class Drafter:
         bundle = engines.bundle
         self.engines, self.scheduler, self.metrics = engines, scheduler, metrics
         self.G, self.max_context, self.token_budget = bundle.draft.block_size, bundle.max_context, token_budget
+        self.spec, self.slots = bundle.draft, bundle.draft.block_slots
         self.V, self.limits = bundle.target.vocab_size, engines.pass_limits
         self.confidence = scheduler.uses_confidence or wants_confidence
         self._temperatures = np.array([bundle.temperatures(False), bundle.temperatures(True)], np.float32)  # greedy, sampled
@@ -113,8 +115,8 @@ class Drafter:
         drafted[:first] = drafted[first + count :] = False
         here = slice(first, first + count)
         members = rows[here]
-        anchors, backbone = self._backbone(rows, first, count, drafted[here])
-        batch = markov_batch(members, drafted[here], anchors, backbone, self.V)
+        anchors, context, backbone = self._backbone(rows, first, count, drafted[here])
+        batch = draws_after(context, backbone, markov_batch(members, drafted[here], anchors, backbone, self.G, self.V))
         sample_index = batch.sample_index
         last = not self.confidence
         block = self.metrics.timed("markov", self.engines.markov, batch, "draft_tokens" if last else None)
@@ -157,39 +159,46 @@ class Drafter:
         return int(at[start]), int(at[start + wanted - 1] - at[start]) + 1
 
     def _backbone(self, rows: list[Sequence], first: int, count: int, drafted: ndarray):
-        """(anchors [count], backbone's result) of rows first .. first + count - 1, their waiting context handed over."""
+        """(anchors [count], the backbone's batch and result) of rows first .. first + count - 1, their waiting context
+        handed over."""
         members = rows[first : first + count]
         anchors = np.array([s.tokens[-1] if d else 0 for s, d in zip(members, drafted)], np.int64)
         *early, last = self._shares(np.array([s.pending_rows for s in members], np.int64))
         for counts in early:  # their blocks mean nothing: the next pass overwrites them
             self._pass(rows, first, members, counts, anchors)
-        return anchors, self._pass(rows, first, members, last, anchors)
+        return anchors, *self._pass(rows, first, members, last, anchors)
 
     def _shares(self, waiting: ndarray) -> list[ndarray]:
-        """How much of the waiting context [B] goes into which pass: all into one, unless the engines take less."""
-        if self.limits is None:
+        """How much of the waiting context [B] goes into which pass: all into one, unless the engines take less. A block
+        that is drafted by steps starts from a row of its own pass: the last one has a row of each that has any."""
+        if (most := self.limits) is None:
             return [waiting]
-        shares = []
+        kept = np.minimum(waiting, 1) if self.spec.autoregressive else np.zeros_like(waiting)
+        shares, waiting = [], waiting - kept
         while not shares or waiting.any():
-            share = np.minimum(waiting, self.limits.tokens)
-            share = np.maximum(share - np.maximum(np.cumsum(share) - self.limits.context_rows, 0), 0)
+            share = np.minimum(waiting, most.tokens)
+            share = np.maximum(share - np.maximum(np.cumsum(share) - most.context_rows, 0), 0)
             shares.append(share)
             waiting = waiting - share
-        return shares
+        whole = shares[-1] + kept
+        if whole.max() <= most.tokens and whole.sum() <= most.context_rows:
+            return [*shares[:-1], whole]
+        return [*shares, kept]
 
     def _pass(self, rows: list[Sequence], first: int, members: list[Sequence], counts: ndarray, anchors: ndarray):
-        """The backbone's result over the first counts [B] rows of each member's waiting context."""
+        """(batch, result) of the backbone over the first counts [B] rows of each member's waiting context."""
         lengths = np.array([s.draft_length for s in members], np.int64)
         longest = max(s.target_length for s in rows) + self.G + 1
         # Every row is padded to the widest one's slots, and padded slots are written too.
-        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + self.G, longest))
-        pieces = [s.waiting(n) for s, n in zip(members, counts.tolist())]
-        capacity = self.engines.draft_capacity
-        batch = pack_backbone(pieces, counts, lengths, anchors, self.G, capacity, self.max_context, first)
+        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + self.slots, longest))
+        each = list(zip(members, counts.tolist()))
+        pieces, following = [s.waiting(n) for s, n in each], [s.following(n) for s, n in each]
+        at = self.engines.draft_capacity, self.max_context, first
+        batch = pack_draft(self.spec, pieces, following, counts, lengths, anchors, *at)
         result = self.metrics.timed("backbone", self.engines.backbone, batch)
-        for s, n in zip(members, counts.tolist()):
+        for s, n in each:
             s.injected(n)
-        return result
+        return batch, result
 
 
 def _threshold(s: Sequence) -> float:

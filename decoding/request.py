@@ -247,6 +247,10 @@ class Sequence:
             rows -= len(piece)
         return pieces
 
+    def following(self, rows: int) -> list[int]:
+        """The tokens behind the positions of the first `rows` feature rows that wait."""
+        return self.tokens[self.draft_length + 1 : self.draft_length + 1 + rows]
+
     def injected(self, rows: int) -> None:
         """The draft's cache now holds the first `rows` of what waited."""
         self.draft_length += rows

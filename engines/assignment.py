@@ -13,7 +13,7 @@ RECORD = ("session.record_ep_graph_assignment_info", "1")  # a session's option:
 # What a GPU provider itself leaves to the CPU although it could compute it: sizes, and arithmetic on a few indices that
 # come from the host. It costs no copy from the GPU. Anything else on the CPU makes every pass wait for one.
 INDEX_OPS = frozenset(
-    "Add Cast Concat Div Equal Expand Gather Max Min Mod Mul Range Reshape Shape Slice Squeeze Sub Unsqueeze"
+    "Add Cast Concat Div Equal Expand Gather Less Max Min Mod Mul Range Reshape Shape Slice Squeeze Sub Unsqueeze"
     " Where".split()
 )
 

@@ -86,9 +86,11 @@ class MarkovBatch:
     noise: ndarray
 
     @classmethod
-    def greedy(cls, hidden: ndarray, base_logits: ndarray, anchor_ids: ndarray, vocab_size: int) -> MarkovBatch:
-        """Nothing drawn, nothing matched. vocab_size: V."""
-        G, none, no_floats = base_logits.shape[1], np.zeros(0, np.int64), np.zeros(0, np.float32)
+    def greedy(
+        cls, hidden: ndarray, base_logits: ndarray, anchor_ids: ndarray, vocab_size: int, block_size: int | None = None
+    ) -> MarkovBatch:
+        """Nothing drawn, nothing matched. vocab_size: V; block_size: G, where base_logits do not show it."""
+        G, none, no_floats = block_size or base_logits.shape[1], np.zeros(0, np.int64), np.zeros(0, np.float32)
         uniforms, noise = np.zeros((0, G), np.float32), np.zeros((0, G, vocab_size), np.float32)
         return cls(hidden, base_logits, anchor_ids, none, no_floats, uniforms, none, no_floats, noise)
 

@@ -14,7 +14,7 @@ from typing import Any
 from .contract import compare, contract
 from .hashes import HashCache
 from .manifest import FORMAT_VERSION, REMAKE, BundleError, get, read, update_manifest
-from .specs import ENGINE_NAMES, DraftSpec, EngineSpec, TargetSpec, TensorSpec, engine_specs, spec_of
+from .specs import DRAFT_KINDS, ENGINE_NAMES, DraftSpec, EngineSpec, TargetSpec, TensorSpec, engine_specs, spec_of
 
 __all__ = [
     "ENGINE_NAMES", "FORMAT_VERSION", "Bundle", "BundleError", "DraftSpec", "EngineSpec", "TargetSpec", "TensorSpec",
@@ -93,6 +93,9 @@ class Bundle:
             raise BundleError(f"{file}: backend is {self.backend!r}, it must be one of {', '.join(DTYPES)}; {REMAKE}.")
         if self.dtype not in (dtypes := DTYPES[self.backend]):
             raise BundleError(f"{file}: dtype is {self.dtype!r}, it must be one of {', '.join(dtypes)}; {REMAKE}.")
+        if self.draft.kind not in DRAFT_KINDS:
+            kinds = ", ".join(DRAFT_KINDS)
+            raise BundleError(f"{file}: draft.kind is {self.draft.kind!r}, it must be one of {kinds}; {REMAKE}.")
         if (self.tensorrt is None) != (self.backend == "onnxruntime"):
             raise BundleError(f"{file}: backend is {self.backend!r}, the key 'tensorrt' does not go with it; {REMAKE}.")
         temperatures = self.confidence_temperatures

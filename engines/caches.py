@@ -1,9 +1,12 @@
-"""Linear key-value caches of one engine: buffers [rows, H_kv, capacity, D] that grow and shrink in steps.
+"""Linear key-value caches of one engine: buffers [rows, H_kv, capacity, D], each of its own H_kv and D, that grow and
+shrink in steps.
 
 Knows: memory and its layout. Refuses to know: what the positions mean, who writes them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
@@ -20,28 +23,31 @@ def bucket(length: int) -> int:
 
 
 class Caches:
-    """`tensors[i]`: cache i, [rows, heads, capacity, head_dim]; rows a power of two. Neighbouring rows are contiguous
+    """`tensors[i]`: cache i, [rows, *shapes[i] with capacity between], shapes[i] = (heads, head_dim); rows a power of
+    two. Neighbouring rows are contiguous
     memory, so the active rows are bound to an engine by their address alone. `generation` changes whenever addresses
     do.
 
     Memory is taken for the next multiple of ROOM positions, so that most steps only move rows apart within it: fresh
     memory would cost more than the move."""
 
-    def __init__(self, count: int, heads: int, head_dim: int, dtype: str = "float32"):
-        self.heads, self.head_dim, self.dtype = heads, head_dim, np.dtype(dtype)
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: str = "float32"):
+        self.shapes, self.dtype = tuple(shapes), np.dtype(dtype)
         self.rows, self.capacity, self.generation = 1, STEP, 0
         self._idle, self._wanted = 0, 0
-        self.tensors = [self._empty(1, STEP) for _ in range(count)]
+        self.tensors = [self._empty(shape, 1, STEP) for shape in self.shapes]
 
-    def _empty(self, rows: int, capacity: int) -> ndarray:
+    def _empty(self, shape: tuple[int, int], rows: int, capacity: int) -> ndarray:
         # Zeros, never uninitialised memory: a masked position holding NaN would still poison the softmax's product.
-        room = np.zeros(rows * self.heads * self._room(capacity) * self.head_dim, self.dtype)
-        return self._shaped(room, rows, capacity)
+        heads, head_dim = shape
+        room = np.zeros(rows * heads * self._room(capacity) * head_dim, self.dtype)
+        return self._shaped(room, shape, rows, capacity)
 
-    def _shaped(self, room: ndarray, rows: int, capacity: int) -> ndarray:
+    def _shaped(self, room: ndarray, shape: tuple[int, int], rows: int, capacity: int) -> ndarray:
         """The tensor at the start of the flat `room`."""
-        shape = (rows, self.heads, capacity, self.head_dim)
-        return room[: np.prod(shape)].reshape(shape)
+        heads, head_dim = shape
+        full = (rows, heads, capacity, head_dim)
+        return room[: np.prod(full)].reshape(full)
 
     @staticmethod
     def _room(capacity: int) -> int:
@@ -49,12 +55,10 @@ class Caches:
 
     def _move_apart(self, tensor: ndarray, capacity: int, keep: int) -> ndarray:
         """`tensor` with another capacity in its own memory: what was beyond the old capacity is old, finite data."""
-        room, new = tensor.base, self._shaped(tensor.base, len(tensor), capacity)
-        size, step = (
-            min(self.capacity, capacity) * self.head_dim,
-            (self.capacity * self.head_dim, capacity * self.head_dim),
-        )
-        order = range(keep * self.heads)
+        heads, head_dim = tensor.shape[1], tensor.shape[3]
+        room, new = tensor.base, self._shaped(tensor.base, (heads, head_dim), len(tensor), capacity)
+        size, step = min(self.capacity, capacity) * head_dim, (self.capacity * head_dim, capacity * head_dim)
+        order = range(keep * heads)
         for block in reversed(order) if capacity > self.capacity else order:  # never over a block that has yet to move
             source, destination = block * step[0], block * step[1]
             room[destination : destination + size] = room[source : source + size]
@@ -85,12 +89,12 @@ class Caches:
             return
         try:
             for i, old in enumerate(self.tensors):  # one at a time, so that the peak is one tensor more
-                new = self._empty(wanted, capacity)
+                new = self._empty(self.shapes[i], wanted, capacity)
                 new[:keep, :, :common] = old[:keep, :, :common]
                 self.tensors[i] = new
         except MemoryError:  # half of them have moved: start afresh; who catches this has lost what the caches held
             wanted, capacity = 1, STEP
-            self.tensors = [self._empty(wanted, capacity) for _ in self.tensors]
+            self.tensors = [self._empty(shape, wanted, capacity) for shape in self.shapes]
             raise
         finally:
             self.rows, self.capacity = wanted, capacity

@@ -9,6 +9,7 @@ from .manifest import REMAKE, BundleError
 from .specs import DraftSpec, TargetSpec, TensorSpec
 
 Tensors = dict[str, tuple[str, tuple]]  # {name: (dtype, shape)}
+I64, F32 = "int64", "float32"
 
 
 def contract(target: TargetSpec, draft: DraftSpec) -> dict[str, tuple[Tensors, Tensors]]:
@@ -19,13 +20,15 @@ def contract(target: TargetSpec, draft: DraftSpec) -> dict[str, tuple[Tensors, T
     t, d = target, draft
     V, Vd, G, hidden, rank = t.vocab_size, d.vocab_size, d.block_size, t.hidden_size, d.markov_rank
     width = len(d.layer_ids) * hidden
-    i64, f32 = "int64", "float32"
+    i64, f32 = I64, F32
 
-    def caches(layers: int, heads: int, size: int, prefix: str) -> Tensors:
-        shape = ("R", heads, "C", size)
-        return {f"{prefix}.{i}.{part}": ("cache", shape) for i in range(layers) for part in ("key", "value")}
+    def caches(spec: TargetSpec | DraftSpec, prefix: str) -> Tensors:
+        names = (f"{prefix}.{i}.{part}" for i in range(len(spec.cache_shapes) // 2) for part in ("key", "value"))
+        return {name: ("cache", ("R", heads, "C", size)) for name, (heads, size) in zip(names, spec.cache_shapes)}
 
     embeddings = {"markov_embeddings": (f32, ("R", G, rank))} if rank else {}
+    past = caches(d, "past_key_values")
+    context, newest, before = (_by_rows if d.autoregressive else _by_block)(d, width, hidden, past)
     return {
         "target": (
             {
@@ -36,36 +39,18 @@ def contract(target: TargetSpec, draft: DraftSpec) -> dict[str, tuple[Tensors, T
                 "write_index": (i64, ("R",)),
                 "mask": ("mask", ("R", 1, "Q", "C")),
                 "logit_rows": (i64, ("M",)),
-                **caches(t.num_layers, t.num_kv_heads, t.head_dim, "past_key_values"),
+                **caches(t, "past_key_values"),
             },
             {
                 "logits": (f32, ("M", V)),
                 "features": (f32, ("N", width)),
-                **caches(t.num_layers, t.num_kv_heads, t.head_dim, "present"),
+                **caches(t, "present"),
             },
         ),
-        "backbone": (
-            {
-                "features": (f32, ("F", width)),
-                "anchor_ids": (i64, ("R",)),
-                "pad_index": (i64, ("R", "Q")),
-                "position_ids": (i64, ("R", "Q")),
-                "block_position_ids": (i64, ("R", G)),
-                "write_index": (i64, ("R",)),
-                "mask": ("mask", ("R", 1, G, "C")),
-                **caches(d.depth, d.num_kv_heads, d.head_dim, "past_key_values"),
-            },
-            {
-                "hidden": (f32, ("R", G, hidden)),
-                "base_logits": (f32, ("R", G, Vd)),
-                **caches(d.depth, d.num_kv_heads, d.head_dim, "present"),
-            },
-        ),
+        "backbone": (context, {**newest, **caches(d, "present")}),
         "markov": (
             {
-                **({"hidden": (f32, ("R", G, hidden))} if rank and d.markov_head_type != "vanilla" else {}),
-                "base_logits": (f32, ("R", G, Vd)),
-                **({"anchor_ids": (i64, ("R",))} if rank else {}),
+                **before,
                 "sample_index": (i64, ("Rs",)),
                 "temperature": (f32, ("Rs",)),
                 "uniforms": (f32, ("Rs", G)),
@@ -81,7 +66,7 @@ def contract(target: TargetSpec, draft: DraftSpec) -> dict[str, tuple[Tensors, T
             },
         ),
         "confidence": (
-            {"hidden": (f32, ("R", G, hidden)), **(embeddings if d.confidence_with_markov else {})},
+            {"hidden": newest["hidden"], **(embeddings if d.confidence_with_markov else {})},
             {"confidence_logits": (f32, ("R", G))},
         ),
         "verify": (
@@ -121,6 +106,50 @@ def contract(target: TargetSpec, draft: DraftSpec) -> dict[str, tuple[Tensors, T
             },
         ),
     }
+
+
+def _by_block(d: DraftSpec, width: int, hidden: int, past: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    """What the backbone of a draft of whole blocks takes and gives, caches aside in the latter, and what its markov
+    engine takes beside the numbers to draw with."""
+    G, B, rank = d.block_size, d.block_slots, d.markov_rank
+    given = {"hidden": (F32, ("R", G, hidden)), "base_logits": (F32, ("R", G, d.vocab_size))}
+    taken = {
+        "features": (F32, ("F", width)),
+        "anchor_ids": (I64, ("R",)),
+        "pad_index": (I64, ("R", "Q")),
+        "position_ids": (I64, ("R", "Q")),
+        "block_position_ids": (I64, ("R", B)),
+        "write_index": (I64, ("R",)),
+        "mask": ("mask", ("R", 1, B, "C")),
+        **past,
+    }
+    heads = {
+        **({"hidden": given["hidden"]} if rank and d.markov_head_type != "vanilla" else {}),
+        "base_logits": given["base_logits"],
+        **({"anchor_ids": (I64, ("R",))} if rank else {}),
+    }
+    return taken, given, heads
+
+
+def _by_rows(d: DraftSpec, width: int, hidden: int, past: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    """The same of an autoregressive draft; only with more than one layer do rows attend in the backbone, only with more
+    than one token a block are there steps."""
+    given = {"hidden": (F32, ("R", 1, hidden)), "base_logits": (F32, ("R", 1, d.vocab_size))}
+    every_row = {"pack_index": (I64, ("F",)), "mask_rows": ("mask", ("R", 1, "Q", "C"))}
+    taken = {
+        "features": (F32, ("F", width)),
+        "next_ids": (I64, ("F",)),
+        "pad_index": (I64, ("R", "Q")),
+        "position_ids": (I64, ("R", "Q")),
+        "write_index": (I64, ("R",)),
+        "last_index": (I64, ("R",)),
+        "last_position_ids": (I64, ("R", 1)),
+        "mask": ("mask", ("R", 1, 1, "C")),
+        **(every_row if d.depth > 1 else {}),
+        **past,
+    }
+    steps = {**given, "position_ids": (I64, ("R",)), "mask": ("mask", ("R", 1, 1, "C")), **past}
+    return taken, given, steps if d.block_size > 1 else {"base_logits": given["base_logits"]}
 
 
 def compare(where: str, kind: str, want: Tensors, have: tuple[TensorSpec, ...]) -> None:

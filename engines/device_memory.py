@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,20 +140,20 @@ class DeviceArray:
 
 
 class DeviceCaches:
-    """Linear key-value caches [rows, heads, capacity, head_dim] in device memory, rows a power of two. `generation`
-    changes whenever addresses do. They only grow."""
+    """Linear key-value caches [rows, heads, capacity, head_dim] in device memory, each of its own (heads, head_dim);
+    rows a power of two. `generation` changes whenever addresses do. They only grow."""
 
-    def __init__(self, memory: Memory, count: int, heads: int, head_dim: int, dtype: str):
-        self.memory, self.count, self.heads, self.head_dim = memory, count, heads, head_dim
+    def __init__(self, memory: Memory, shapes: Sequence[tuple[int, int]], dtype: str):
+        self.memory, self.shapes = memory, tuple(shapes)
         self.dtype, self.rows, self.capacity, self.generation = np.dtype(dtype), 1, GROWTH, 0
-        self.values = [self._new(1, GROWTH) for _ in range(count)]
+        self.values = [self._new(shape, 1, GROWTH) for shape in self.shapes]
 
-    def _new(self, rows: int, capacity: int) -> ort.OrtValue:
+    def _new(self, shape: tuple[int, int], rows: int, capacity: int) -> ort.OrtValue:
         # Zeros: a masked position that holds NaN would still poison the softmax's product.
-        return self.memory.zeros(rows * self.heads * capacity * self.head_dim, self.dtype)
+        return self.memory.zeros(rows * math.prod(shape) * capacity, self.dtype)
 
-    def _bytes(self, positions: int) -> int:
-        return positions * self.head_dim * self.dtype.itemsize
+    def _bytes(self, head_dim: int, positions: int) -> int:
+        return positions * head_dim * self.dtype.itemsize
 
     def ensure(self, rows: int, length: int) -> None:
         """Holds `rows` rows of `length` positions and keeps what is there. Raises MemoryError, and is then empty."""
@@ -160,16 +161,16 @@ class DeviceCaches:
         rows = max(self.rows, 1 << (rows - 1).bit_length())
         if (rows, capacity) == (self.rows, self.capacity):
             return
-        old, new, height = self._bytes(self.capacity), self._bytes(capacity), self.rows * self.heads
         try:
-            for i, value in enumerate(self.values):  # one at a time, so that the peak is one cache more
-                self.values[i] = self._new(rows, capacity)
-                self.memory.copy_rows(self.values[i].data_ptr(), new, value.data_ptr(), old, old, height)
+            for i, (value, (heads, head_dim)) in enumerate(zip(self.values, self.shapes)):
+                old, new = self._bytes(head_dim, self.capacity), self._bytes(head_dim, capacity)
+                self.values[i] = self._new(self.shapes[i], rows, capacity)  # one at a time: the peak is one cache more
+                self.memory.copy_rows(self.values[i].data_ptr(), new, value.data_ptr(), old, old, self.rows * heads)
                 self.memory.wait()
         except MemoryError:  # some have moved: start afresh; who catches this has lost what the caches held
             self.values.clear()
             rows, capacity = 1, GROWTH
-            self.values = [self._new(rows, capacity) for _ in range(self.count)]
+            self.values = [self._new(shape, rows, capacity) for shape in self.shapes]
             raise
         finally:
             self.rows, self.capacity, self.generation = rows, capacity, self.generation + 1
@@ -178,20 +179,20 @@ class DeviceCaches:
         """Copies the first `length` positions of row `source` over row `destination`."""
         if source == destination:
             return
-        step, width = self._bytes(self.capacity), self._bytes(length)
-        for value in self.values:
-            places = (value.data_ptr() + row * self.heads * step for row in (destination, source))
-            to, of = places
-            self.memory.copy_rows(to, step, of, step, width, self.heads)
+        for value, (heads, head_dim) in zip(self.values, self.shapes):
+            step, width = self._bytes(head_dim, self.capacity), self._bytes(head_dim, length)
+            to, of = (value.data_ptr() + row * heads * step for row in (destination, source))
+            self.memory.copy_rows(to, step, of, step, width, heads)
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.rows * self.heads * self._bytes(self.capacity)
+        return sum(self.rows * heads * self._bytes(head_dim, self.capacity) for heads, head_dim in self.shapes)
 
     def place(self, index: int, first_row: int, rows: int) -> tuple[int, tuple[int, ...]]:
         """(address, shape) of rows first_row .. first_row + rows - 1 of cache `index`."""
-        address = self.values[index].data_ptr() + first_row * self.heads * self._bytes(self.capacity)
-        return address, (rows, self.heads, self.capacity, self.head_dim)
+        heads, head_dim = self.shapes[index]
+        address = self.values[index].data_ptr() + first_row * heads * self._bytes(head_dim, self.capacity)
+        return address, (rows, heads, self.capacity, head_dim)
 
     def close(self) -> None:
         self.values.clear()

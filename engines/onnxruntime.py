@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy import ndarray
 
 from . import greedy, hugepages
+from .autoregressive import RowsBatch, StepsBatch
 from .base import (
     BackboneBatch,
     BackboneResult,
@@ -29,6 +30,7 @@ from .base import (
 from .bundle import Bundle, BundleError, EngineSpec, TensorSpec
 from .caches import Caches
 from .feeds import check_rows, sizes_of
+from .specs import masks_of
 
 _ORT_DTYPES = {
     "tensor(float)": "float32",
@@ -54,11 +56,9 @@ class OnnxRuntimeEngines:
         self.verify_rows, self.pass_limits = max(1, VERIFY_BYTES // (4 * t.vocab_size)), None
         self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
         options = session_options(self.threads, log_severity)
-        self.target_caches = Caches(
-            2 * t.num_layers, t.num_kv_heads, t.head_dim, cache_dtype(bundle.engines["target"])
-        )
-        self.draft_caches = Caches(2 * d.depth, d.num_kv_heads, d.head_dim, cache_dtype(bundle.engines["backbone"]))
-        caches = {"target": self.target_caches, "backbone": self.draft_caches}
+        self.target_caches = Caches(t.cache_shapes, cache_dtype(bundle.engines["target"]))
+        self.draft_caches = Caches(d.cache_shapes, cache_dtype(bundle.engines["backbone"]))
+        caches = {"target": self.target_caches, "backbone": self.draft_caches, "markov": self.draft_caches}
         hugepages.gather()
         before = hugepages.places()
         self._graphs = {
@@ -66,7 +66,7 @@ class OnnxRuntimeEngines:
             for name, spec in bundle.engines.items()
         }
         hugepages.ask(hugepages.places() - before)  # what the sessions took: their weights
-        self._mask_dtype = {n: mask_dtype(bundle.engines[n]) for n in ("target", "backbone")}
+        self._masks = {name: masks_of(spec) for name, spec in bundle.engines.items()}
 
     @property
     def target_capacity(self) -> int:
@@ -81,17 +81,18 @@ class OnnxRuntimeEngines:
         return self.draft_caches.capacity
 
     def target(self, batch: TargetBatch) -> TargetResult:
-        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype["target"])}
-        first_row = feeds.pop("first_row")
-        return TargetResult(**self._graphs["target"].run(feeds, first_row))
+        return TargetResult(**self._cached("target", batch))
 
-    def backbone(self, batch: BackboneBatch) -> BackboneResult:
-        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype["backbone"])}
-        first_row = feeds.pop("first_row")
-        return BackboneResult(**self._graphs["backbone"].run(feeds, first_row))
+    def backbone(self, batch: BackboneBatch | RowsBatch) -> BackboneResult:
+        return BackboneResult(**self._cached("backbone", batch))
 
-    def markov(self, batch: MarkovBatch) -> MarkovResult:
-        return MarkovResult(**self._graphs["markov"].run(batch.__dict__))
+    def markov(self, batch: MarkovBatch | StepsBatch) -> MarkovResult:
+        return MarkovResult(**self._cached("markov", batch))
+
+    def _cached(self, name: str, batch) -> dict[str, ndarray]:
+        """Runs an engine that may read or write caches, on the rows from batch.first_row on."""
+        feeds = batch.__dict__ | {m: additive_mask(getattr(batch, m), dtype) for m, dtype in self._masks[name].items()}
+        return self._graphs[name].run(feeds, feeds.pop("first_row", 0))
 
     def confidence(self, batch: ConfidenceBatch) -> ConfidenceResult:
         return ConfidenceResult(**self._graphs["confidence"].run(batch.__dict__))
@@ -129,11 +130,13 @@ class Graph:
             ) from error
         check_graph(path, spec.inputs, self.session.get_inputs())
         check_graph(path, spec.outputs, self.session.get_outputs())
-        self.name, self.caches = path.parent.name, caches
+        self.name = path.parent.name
         is_cache = lambda n: n.startswith(("past_key_values.", "present."))
         self.inputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.inputs if not is_cache(s.name)]
         self.outputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.outputs if not is_cache(s.name)]
         self.cache_inputs = [s.name for s in spec.inputs if is_cache(s.name)]
+        self.cache_outputs = {s.name for s in spec.outputs if is_cache(s.name)}  # none: it only reads them
+        self.caches = caches if self.cache_inputs else None
         self.device = ort.OrtDevice.make("cpu", 0)._get_c_device()
         self._buffers: dict[str, ndarray] = {}
         self._bindings: dict[tuple[int, int], Binding] = {}
@@ -178,7 +181,8 @@ class Graph:
                 view = self.caches.view(i, *key)
                 output = name.replace("past_key_values.", "present.")
                 binding.input(name, view.dtype.type, view)
-                binding.output(output, view.dtype.type, view)
+                if output in self.cache_outputs:
+                    binding.output(output, view.dtype.type, view)
         return self._bindings[key]
 
 
@@ -222,11 +226,6 @@ def physical_cores() -> int:
         file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(file.read_text().strip() if file.is_file() else str(cpu))
     return max(1, len(cores))
-
-
-def mask_dtype(spec: EngineSpec) -> str:
-    """Of a graph that has a mask."""
-    return next(s.dtype for s in spec.inputs if s.name == "mask")
 
 
 def cache_dtype(spec: EngineSpec) -> str:

@@ -16,6 +16,7 @@ from numpy import ndarray
 
 from .arrays import Rows
 from .assignment import RECORD, Node, nodes_of, sentence
+from .autoregressive import RowsBatch, StepsBatch
 from .base import (
     BackboneBatch,
     BackboneResult,
@@ -33,7 +34,8 @@ from .bundle import Bundle, BundleError, EngineSpec
 from .device_memory import DeviceArray, DeviceCaches, Memory
 from .devices import Device
 from .feeds import check_rows, sizes_of
-from .onnxruntime import cache_dtype, check_graph, mask_dtype, physical_cores, session_options
+from .onnxruntime import cache_dtype, check_graph, physical_cores, session_options
+from .specs import masks_of
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 INSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install -c constraints.txt 'onnxruntime-gpu[cuda,cudnn]'"
@@ -61,17 +63,17 @@ class DeviceEngines:
         except RuntimeError as error:
             raise BundleError(f"{str(error)[:-1]}: there is no such GPU or no driver for it; see nvidia-smi.") from None
         dtype = cache_dtype(specs["target"])
-        self.target_caches = DeviceCaches(self.memory, 2 * t.num_layers, t.num_kv_heads, t.head_dim, dtype)
+        self.target_caches = DeviceCaches(self.memory, t.cache_shapes, dtype)
         dtype = cache_dtype(specs["backbone"])
-        self.draft_caches = DeviceCaches(self.memory, 2 * d.depth, d.num_kv_heads, d.head_dim, dtype)
-        caches = {"target": self.target_caches, "backbone": self.draft_caches}
+        self.draft_caches = DeviceCaches(self.memory, d.cache_shapes, dtype)
+        caches = {"target": self.target_caches, "backbone": self.draft_caches, "markov": self.draft_caches}
         self._graphs = {
             name: DeviceGraph(bundle, name, spec, self.memory, caches.get(name), provider, self.threads)
             for name, spec in specs.items()
         }
         self.provider = provider if provider == CPU else f"{CUDA} on {gpu_name(device)}"
         self.assignment: dict[str, tuple[Node, ...]] = {name: g.nodes for name, g in self._graphs.items()}
-        self._mask_dtype = {name: mask_dtype(specs[name]) for name in caches}
+        self._masks = {name: masks_of(spec) for name, spec in specs.items()}
 
     @property
     def target_capacity(self) -> int:
@@ -88,11 +90,11 @@ class DeviceEngines:
     def target(self, batch: TargetBatch) -> TargetResult:
         return TargetResult(**self._cached("target", batch))
 
-    def backbone(self, batch: BackboneBatch) -> BackboneResult:
+    def backbone(self, batch: BackboneBatch | RowsBatch) -> BackboneResult:
         return BackboneResult(**self._cached("backbone", batch))
 
-    def markov(self, batch: MarkovBatch) -> MarkovResult:
-        return MarkovResult(**self._graph("markov").run(batch.__dict__))
+    def markov(self, batch: MarkovBatch | StepsBatch) -> MarkovResult:
+        return MarkovResult(**self._cached("markov", batch))
 
     def confidence(self, batch: ConfidenceBatch) -> ConfidenceResult:
         return ConfidenceResult(**self._graph("confidence").run(batch.__dict__))
@@ -100,9 +102,10 @@ class DeviceEngines:
     def verify(self, batch: VerifyBatch) -> VerifyResult:
         return VerifyResult(**self._graph("verify").run(batch.__dict__))
 
-    def _cached(self, name: str, batch: TargetBatch | BackboneBatch) -> dict:
-        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, self._mask_dtype[name])}
-        return self._graph(name).run(feeds, feeds.pop("first_row"))
+    def _cached(self, name: str, batch) -> dict:
+        """Runs an engine that may read or write caches, on the rows from batch.first_row on."""
+        feeds = batch.__dict__ | {m: additive_mask(getattr(batch, m), dtype) for m, dtype in self._masks[name].items()}
+        return self._graph(name).run(feeds, feeds.pop("first_row", 0))
 
     def _graph(self, name: str) -> DeviceGraph:
         if name not in self._graphs:
@@ -133,7 +136,7 @@ class DeviceGraph:
         threads: int,
     ):  # fmt: skip
         path = bundle.folder / spec.path
-        self.name, self.memory, self.caches = name, memory, caches
+        self.name, self.memory = name, memory
         self.session = open_session(path, memory.device, provider, threads)
         self.nodes = nodes_of(self.session.get_provider_graph_assignment_info())
         if wrong := sentence(name, self.nodes, provider):
@@ -144,6 +147,8 @@ class DeviceGraph:
         self.inputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.inputs if not is_cache(s.name)]
         self.outputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.outputs if not is_cache(s.name)]
         self.cache_inputs = [s.name for s in spec.inputs if is_cache(s.name)]
+        self.cache_outputs = {s.name for s in spec.outputs if is_cache(s.name)}  # none: it only reads them
+        self.caches = caches if self.cache_inputs else None
         where = memory.device.kind, memory.device.index
         self.device = ort.OrtDevice.make(*where)._get_c_device()
         self.host = ort.OrtDevice.make("cpu", 0)._get_c_device()
@@ -190,7 +195,8 @@ class DeviceGraph:
             for i, name in enumerate(self.cache_inputs):
                 kind, (address, shape) = self.caches.dtype.type, self.caches.place(i, *rows)
                 values.bind_input(name, self.device, kind, shape, address)
-                values.bind_output(name.replace("past_key_values.", "present."), self.device, kind, shape, address)
+                if (output := name.replace("past_key_values.", "present.")) in self.cache_outputs:
+                    values.bind_output(output, self.device, kind, shape, address)
         return self._bindings[rows]
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:

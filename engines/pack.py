@@ -2,7 +2,7 @@
 
 Knows: docs/structures.md's layouts. Refuses to know: requests, why a token is fed, what comes of it.
 
-Legend: N packed tokens, R requests, Q padded query slots a request, C cache capacity, G block size.
+Legend: N packed tokens, R requests, Q padded query slots a request, C cache capacity, B slots of a block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import numpy as np
 from numpy import ndarray
 
 from .arrays import concatenate
-from .base import BackboneBatch, TargetBatch
+from .autoregressive import RowsBatch, pack_rows, steps_after
+from .base import BackboneBatch, BackboneResult, MarkovBatch, TargetBatch
+from .specs import DraftSpec
 
 
 def pack_target(
@@ -54,7 +56,7 @@ def pack_backbone(
     counts: ndarray,
     lengths: ndarray,
     anchors: ndarray,
-    G: int,
+    B: int,
     capacity: int,
     max_context: int,
     first_row: int = 0,
@@ -62,20 +64,43 @@ def pack_backbone(
     """New context `features[r]` (pieces [.., L*d], numpy's or a device's; `counts` [R] rows) behind `lengths` [R]
     injected positions, then the block of `anchors` [R] (token ids). A block sees all of its context and, in both
     directions, itself."""
-    R, Q = len(anchors), int(counts.max()) + G
+    R, Q = len(anchors), int(counts.max()) + B
     F = int(counts.sum())
     starts, slots = np.cumsum(counts) - counts, np.arange(Q)
-    block = slots - counts[:, None]  # slot within the block, where 0 <= block < G
-    block_rows = F + np.arange(R)[:, None] * G + block
-    pad_index = np.where(block < 0, starts[:, None] + slots, np.where(block < G, block_rows, 0))
+    block = slots - counts[:, None]  # slot within the block, where 0 <= block < B
+    block_rows = F + np.arange(R)[:, None] * B + block
+    pad_index = np.where(block < 0, starts[:, None] + slots, np.where(block < B, block_rows, 0))
     ends = lengths + counts  # the anchor's position
     return BackboneBatch(
         features=concatenate([piece for pieces in features for piece in pieces]),
         anchor_ids=anchors,
         pad_index=pad_index,
         position_ids=np.minimum(lengths[:, None] + slots, max_context - 1),
-        block_position_ids=np.minimum(ends[:, None] + np.arange(G), max_context - 1),
+        block_position_ids=np.minimum(ends[:, None] + np.arange(B), max_context - 1),
         write_index=lengths,
-        mask=np.broadcast_to((np.arange(capacity) < (ends + G)[:, None])[:, None, None], (R, 1, G, capacity)),
+        mask=np.broadcast_to((np.arange(capacity) < (ends + B)[:, None])[:, None, None], (R, 1, B, capacity)),
         first_row=first_row,
     )
+
+
+def pack_draft(
+    draft: DraftSpec,
+    features: list[list[ndarray]],
+    following: list[list[int]],
+    counts: ndarray,
+    lengths: ndarray,
+    anchors: ndarray,
+    capacity: int,
+    max_context: int,
+    first_row: int = 0,
+) -> BackboneBatch | RowsBatch:
+    """pack_backbone or pack_rows, whichever the draft takes. `following`: the token behind each row of new context."""
+    at = capacity, max_context, first_row
+    if draft.autoregressive:
+        return pack_rows(features, following, counts, lengths, draft.depth, *at)
+    return pack_backbone(features, counts, lengths, anchors, draft.block_slots, *at)
+
+
+def draws_after(batch: BackboneBatch | RowsBatch, result: BackboneResult, draws: MarkovBatch) -> MarkovBatch:
+    """What the markov engine takes behind the backbone's `result` of `batch`; draws: the same for a whole block."""
+    return steps_after(batch, result, draws) if isinstance(batch, RowsBatch) else draws

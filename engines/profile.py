@@ -20,7 +20,7 @@ import numpy as np
 from .base import ConfidenceBatch, Engines, MarkovBatch, VerifyBatch
 from .bundle import BundleError, update_manifest
 from .caches import PATIENCE
-from .pack import pack_backbone, pack_target
+from .pack import draws_after, pack_draft, pack_target
 from .sps import hardware
 
 REQUESTS, CONTEXTS = (1, 2, 4, 8, 16, 32), (128, 512, 1024)
@@ -43,7 +43,7 @@ class Workload:
         self.engines, self.rng = engines, np.random.default_rng(seed)
         bundle = engines.bundle
         self.G, self.S, self.V = bundle.draft.block_size, bundle.max_context, bundle.target.vocab_size
-        self.V_d = bundle.draft.vocab_size
+        self.V_d, self.slots = bundle.draft.vocab_size, bundle.draft.block_slots
         self.width = len(bundle.draft.layer_ids) * bundle.target.hidden_size
 
     def settle(self, rows: int, length: int) -> None:
@@ -78,15 +78,18 @@ class Workload:
 
     def draft(self, R: int, C: int) -> float:
         """ms of backbone (1 to 3 new context rows a request), markov (greedy) and confidence."""
-        e, G = self.engines, self.G
-        e.ensure_capacity(R, C + 3 + G)
+        e = self.engines
+        e.ensure_capacity(R, C + 3 + self.slots)
         counts = 1 + np.arange(R) % 3
         pieces = [[self.rng.standard_normal((n, self.width), np.float32)] for n in counts]
         anchors = self.rng.integers(0, self.V, R)
-        batch = pack_backbone(pieces, counts, np.full(R, C), anchors, G, e.draft_capacity, self.S)
+        following = [self.rng.integers(0, self.V, n).tolist() for n in counts]
+        spec, lengths = e.bundle.draft, np.full(R, C)
+        batch = pack_draft(spec, pieces, following, counts, lengths, anchors, e.draft_capacity, self.S)
         started = perf_counter()
         backbone = e.backbone(batch)
-        block = e.markov(MarkovBatch.greedy(backbone.hidden, backbone.base_logits, anchors, self.V))
+        draws = MarkovBatch.greedy(backbone.hidden, backbone.base_logits, anchors, self.V, self.G)
+        block = e.markov(draws_after(batch, backbone, draws))
         if e.bundle.draft.has_confidence:
             e.confidence(ConfidenceBatch(backbone.hidden, block.markov_embeddings)).confidence_logits
         block.draft_tokens  # read: waited for

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .autoregressive import RowsBatch, StepsBatch
 from .base import (
     BackboneBatch,
     BackboneResult,
@@ -31,12 +32,13 @@ from .base import (
 )
 from .bundle import Bundle, EngineSpec
 from .feeds import check_rows
+from .specs import masks_of
 from .trt.array import DeviceArray
 from .trt.caches import DeviceCaches
 from .trt.context import Library
 from .trt.cuda import Cuda, DeviceError
 from .trt.log import BuildLog, logger_for
-from .trt.padding import pad_backbone, pad_target, wider
+from .trt.padding import pad_backbone, pad_rows, pad_target, wider
 from .trt.plans import check_bundle, compiled_for
 from .trt.pool import Pool
 from .trt.runner import STORED, Runner
@@ -80,14 +82,11 @@ class TensorRtEngines:
     def _allocate(self) -> None:
         """All memory that calls need, so that a lack of it shows now."""
         cuda, t, d = self.cuda, self.bundle.target, self.bundle.draft
-        sizes = (max(t.num_kv_heads, 1), t.head_dim), (d.num_kv_heads, d.head_dim)
-        self.caches = {
-            name: DeviceCaches(
-                cuda, self._runners[name].cache_names, self.limits.requests, heads, self.limits.cache, head_dim,
-                _cache_dtype(self.bundle.engines[name]),
-            )
-            for name, (heads, head_dim) in zip(("target", "backbone"), sizes)
-        }  # fmt: skip
+        self.caches = {}
+        for name, spec in (("target", t), ("backbone", d)):
+            shapes = dict(zip(self._runners[name].cache_names, spec.cache_shapes))
+            dtype = _cache_dtype(self.bundle.engines[name])
+            self.caches[name] = DeviceCaches(cuda, shapes, self.limits.requests, self.limits.cache, dtype)
         working = max(runner.working_memory for runner in self._runners.values())
         scratch = (cuda.allocate(max(working, 1), "working memory of the plans"), working)  # one engine runs at a time
         for runner in self._runners.values():
@@ -97,12 +96,13 @@ class TensorRtEngines:
         rows = self.pass_limits.kept_rows + 2 * len(features)  # a step's own, and what frees are scattered over
         pool = Pool(cuda, "features that wait for the draft", rows, features.shape[1])
         buffers["features"] = replace(features, pool=pool)
-        self._mask_dtype = {name: _input(self.bundle.engines[name], "mask").dtype for name in ("target", "backbone")}
+        self.caches["markov"] = self.caches["backbone"]  # a draft's steps read what its rows wrote
+        self._masks = {name: masks_of(spec) for name, spec in self.bundle.engines.items()}
         cuda.synchronize()
 
     @property
     def cache_bytes(self) -> int:
-        return sum(caches.nbytes for caches in self.caches.values())
+        return sum(self.caches[name].nbytes for name in ("target", "backbone"))
 
     @property
     def recorded(self) -> dict[str, int]:
@@ -114,20 +114,23 @@ class TensorRtEngines:
         result = self._cached("target", batch, pad_target)
         return TargetResult(result.logits[:M], result.features[:N])
 
-    def backbone(self, batch: BackboneBatch) -> BackboneResult:
-        result = self._cached("backbone", batch, pad_backbone)
+    def backbone(self, batch: BackboneBatch | RowsBatch) -> BackboneResult:
+        result = self._cached("backbone", batch, pad_rows if isinstance(batch, RowsBatch) else pad_backbone)
         return BackboneResult(result.hidden, result.base_logits)
 
     def _cached(self, name: str, batch, pad):
-        """Runs an engine with caches on the rows from batch.first_row on, widened by `pad`."""
+        """Runs an engine with caches on the rows from batch.first_row on, widened by `pad`; one that has no cache after
+        all runs as it is."""
+        if not self._runner(name).cache_names:
+            return self._plain(name, batch)
         runner, first, batch = self._runner(name), batch.first_row, self._taken(name, batch)
         check_rows(name, first, _row_sizes(batch.mask), self.limits.requests, self.target_capacity)
-        dtype = self._mask_dtype[name]
-        nothing = np.broadcast_to(additive_mask(np.False_, dtype), batch.mask.shape)  # the profile asks for shapes only
-        profile = runner.profile({**batch.__dict__, "mask": nothing})
+        masks = self._masks[name].items()
+        nothing = lambda m, dtype: np.broadcast_to(additive_mask(np.False_, dtype), getattr(batch, m).shape)
+        profile = runner.profile(batch.__dict__ | {m: nothing(m, dtype) for m, dtype in masks})  # by shapes alone
         batch = pad(batch, runner.profiles[profile])
         caches = self.caches[name]
-        feeds = {**batch.__dict__, "mask": additive_mask(batch.mask, dtype)}
+        feeds = batch.__dict__ | {m: additive_mask(getattr(batch, m), dtype) for m, dtype in masks}
         return runner.run(feeds, profile, lambda cache: caches.address(cache, first))
 
     def _taken(self, name: str, batch):
@@ -139,8 +142,8 @@ class TensorRtEngines:
         }
         return replace(batch, **foreign) if foreign else batch
 
-    def markov(self, batch: MarkovBatch) -> MarkovResult:
-        return self._plain("markov", batch)
+    def markov(self, batch: MarkovBatch | StepsBatch) -> MarkovResult:
+        return self._cached("markov", batch, lambda as_it_is, profile: as_it_is)
 
     def confidence(self, batch: ConfidenceBatch) -> ConfidenceResult:
         return self._plain("confidence", batch)
@@ -196,10 +199,6 @@ class TensorRtEngines:
 
 def _row_sizes(mask) -> dict[str, int]:
     return {"R": mask.shape[0], "C": mask.shape[-1]}
-
-
-def _input(spec: EngineSpec, name: str):
-    return next(s for s in spec.inputs if s.name == name)
 
 
 def _cache_dtype(spec: EngineSpec) -> str:

@@ -20,6 +20,7 @@ from engines.trt.api import default_backend
 from engines.trt.memory import PeakMemory
 
 from .account import check_graphs
+from .autoregressive import build_rows, build_steps
 from .backbone import build_backbone
 from .bundle import (
     copy_tokenizer,
@@ -55,8 +56,7 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
     or "int8" for ONNX Runtime's."""
     graphs = [
         build_target(target, max_context, static_cache=static_cache),
-        build_backbone(draft, max_context, static_cache=static_cache),
-        build_markov(draft),
+        *draft_graphs(draft, max_context, static_cache=static_cache),
         build_confidence(draft),
         build_verify(draft.config.block_size, target.config.vocab_size, draft.draft_to_target().numpy()),
     ]
@@ -70,6 +70,13 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
             quantize(graph)
         lower(graph)
     return graphs
+
+
+def draft_graphs(draft, max_context: int, *, static_cache: int | None = None) -> list[Graph]:
+    """backbone and markov of either kind of draft."""
+    if draft.config.kind == "parallel":
+        return [build_backbone(draft, max_context, static_cache=static_cache), build_markov(draft)]
+    return [build(draft, max_context, static_cache=static_cache) for build in (build_rows, build_steps)]
 
 
 def export(

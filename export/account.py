@@ -11,6 +11,7 @@ from training.target import TargetModel
 from .graph import Graph
 
 OWNERS = (  # prefix of a draft tensor's name -> the graphs that must hold it
+    ("fc.", ("backbone",)),
     ("markov_head.", ("markov",)),
     ("confidence_head.", ("confidence",)),
     ("d2t", ("markov", "verify")),
@@ -30,9 +31,10 @@ def check_graphs(graphs: list[Graph], target: TargetModel, draft: DraftModel) ->
             raise ValueError(f"graph {g.name}: output {lost[0]} is made by no node.")
     expected: dict[str, set[str]] = {name: set() for name in held}
     expected["target"] = set(target.state_dict())
+    steps = ("markov",) if draft.config.kind != "parallel" and draft.config.block_size > 1 else ()
     for tensor in draft.state_dict():
-        owners = next(owners for prefix, owners in OWNERS if tensor.startswith(prefix))
-        for owner in owners:
+        prefix, owners = next(pair for pair in OWNERS if tensor.startswith(pair[0]))
+        for owner in (*owners, *(() if prefix else steps)):  # an autoregressive draft's layers run in its steps too
             expected[owner].add(tensor)
     for name, want in expected.items():
         if missing := sorted(want - held[name]):

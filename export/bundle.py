@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterator
 
 from training.checkpoint import checkpoint_hash, load_draft
-from training.decoder_config import DecoderConfig
+from training.decoder_config import DecoderConfig, flat_keys
 from training.draft import DraftConfig, DraftModel
 from training.formats.layouts import open_draft
 from training.target import TargetModel
@@ -43,8 +43,6 @@ def check_pair(target: DecoderConfig, draft: DraftConfig, max_context: int | Non
     for field, (have, want) in wanted.items():
         if have != want:
             raise ValueError(f"the draft was made for another target: its {field} is {have}, the target's is {want}.")
-    if not draft.sample_from_anchor:
-        raise ValueError("the draft has sample_from_anchor false; the compiled block drafts from the anchor's slot.")
     least, most = 2 * draft.block_size, target.max_position_embeddings
     max_context = min(DEFAULT_MAX_CONTEXT, most) if max_context is None else max_context
     if not least <= max_context <= most:
@@ -54,7 +52,7 @@ def check_pair(target: DecoderConfig, draft: DraftConfig, max_context: int | Non
 
 def target_entry(folder: Path, config: DecoderConfig) -> dict:
     """The manifest's `target`. End-of-sequence ids come from generation_config.json, else from config.json."""
-    raw = json.loads((folder / "config.json").read_text())
+    raw = flat_keys(json.loads((folder / "config.json").read_text()))
     generation = folder / "generation_config.json"
     raw_generation = json.loads(generation.read_text()) if generation.is_file() else {}
     eos = raw_generation.get("eos_token_id")
@@ -71,6 +69,8 @@ def target_entry(folder: Path, config: DecoderConfig) -> dict:
         "max_position_embeddings": config.max_position_embeddings,
         "eos_token_ids": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
     }
+    if config.gemma4:
+        entry["caches"] = [[s.num_key_value_heads, s.head_dim] for s in config.cached_layers]
     if raw.get("bos_token_id") is not None:
         entry["bos_token_id"] = raw["bos_token_id"]
     return entry
@@ -82,8 +82,8 @@ def draft_entry(folder: Path, config: DraftConfig) -> dict:
         "hash": checkpoint_hash(folder),
         "block_size": config.block_size,
         "depth": config.decoder.num_hidden_layers,
-        "num_kv_heads": config.decoder.num_key_value_heads,
-        "head_dim": config.decoder.head_dim,
+        "num_kv_heads": config.decoder.layer(0).num_key_value_heads,
+        "head_dim": config.decoder.layer(0).head_dim,
         "layer_ids": list(config.target_layer_ids),
         "mask_token_id": config.mask_token_id,
         "markov_rank": config.markov_rank,
@@ -91,6 +91,8 @@ def draft_entry(folder: Path, config: DraftConfig) -> dict:
         "has_confidence": config.enable_confidence_head,
         "confidence_with_markov": config.enable_confidence_head and config.confidence_head_with_markov,
         "vocab_size": config.vocab_out,
+        **({} if config.sample_from_anchor else {"sample_from_anchor": False}),
+        **({} if config.kind == "parallel" else {"kind": config.kind}),
     }
 
 

@@ -60,6 +60,8 @@ class Planner:
             block=draft.config.block_size,
             vocab=target.config.vocab_size,
             max_context=max_context,
+            sample_from_anchor=draft.config.sample_from_anchor,
+            autoregressive=draft.config.kind != "parallel",
         )
 
     def compile(

@@ -6,14 +6,18 @@ precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
-from training.decoder_config import DecoderConfig, RopeConfig
+from training.decoder_config import DecoderConfig, LayerShape
+from training.rope import RopeConfig
 
 from .arrays import Array, Lazy, concatenated
 from .graph import Graph
 
+TOO_FAR = -3e4
 ROPE_SLACK = 64  # rows past max_context: padded slots and mask tokens may be positioned there
 
 
@@ -27,9 +31,13 @@ class Weights:
         value = self.state[name]
         return value if isinstance(value, Lazy) else value.detach().numpy()
 
+    def held(self, name: str, make: Callable[[], Array], sources: tuple[str, ...]) -> str:
+        """The initializer `name`, made once: steps that are unrolled read the same weights again."""
+        return name if name in self.graph.weights else self.graph.weight(name, make(), sources)
+
     def plain(self, name: str) -> str:
         """The tensor as it is."""
-        return self.graph.weight(name, self.array(name), (name,))
+        return self.held(name, lambda: self.array(name), (name,))
 
     def linear(self, x: str, *layers: str, int8: str | None = "row", out: str | int = 1) -> str:
         """x [rows, in] -> [rows, sum of outs]: the named nn.Linear layers side by side, as one MatMul.
@@ -40,13 +48,13 @@ class Weights:
         g = self.graph
         sources = tuple(f"{layer}.weight" for layer in layers)
         name = ".".join([layers[0], *(layer.rsplit(".", 1)[-1] for layer in layers[1:])])
-        weight = g.weight(f"{name}.T", concatenated([self.array(s) for s in sources]).T, sources)
+        weight = self.held(f"{name}.T", lambda: concatenated([self.array(s) for s in sources]).T, sources)
         if int8:
             g.quantizable[weight] = int8
         biases = tuple(f"{layer}.bias" for layer in layers if f"{layer}.bias" in self.state)
         if not biases:
             return g.op("MatMul", x, weight, out=out)
-        bias = g.weight(f"{name}.bias", concatenated([self.array(b) for b in biases]), biases)
+        bias = self.held(f"{name}.bias", lambda: concatenated([self.array(b) for b in biases]), biases)
         return g.op("Add", g.op("MatMul", x, weight), bias, out=out)
 
 
@@ -56,18 +64,19 @@ def rms_norm(w: Weights, x: str, layer: str, eps: float, out: str | int = 1) -> 
 
 
 def rope_tables(
-    g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: int = 0, scale: float | None = None
-) -> tuple[str, str, int]:
+    g: Graph, rope: RopeConfig, head_dim: int, max_context: int, *, unturned: int = 0, scale: float | None = None,
+    name: str = "rope",
+) -> tuple[str, str, int]:  # fmt: skip
     """cos and sin initializers [max_context + slack, D/2], and how many rows that is. unturned: that many rows more,
     which leave a head as it is (cos 1, sin 0). scale: the first rows once more, at the end, for heads that are scaled
     as they are turned."""
     rows = max_context + ROPE_SLACK
     tables = [table.numpy() for table in rope.tables(head_dim, rows)]
-    for i, (name, still) in enumerate((("cos", 1), ("sin", 0))):
+    for i, (part, still) in enumerate((("cos", 1), ("sin", 0))):
         scaled = tables[i] * np.float32(scale) if scale else tables[i][:0]
         padded = np.pad(tables[i], ((0, unturned), (0, 0)), constant_values=still)
-        g.weight(f"rope.{name}", np.concatenate([padded, scaled]))
-    return "rope.cos", "rope.sin", rows
+        g.weight(f"{name}.{part}", np.concatenate([padded, scaled]))
+    return f"{name}.cos", f"{name}.sin", rows
 
 
 def cache_names(layer: int) -> tuple[str, str, str, str]:
@@ -75,7 +84,7 @@ def cache_names(layer: int) -> tuple[str, str, str, str]:
     return tuple(f"{side}.{layer}.{part}" for side in ("past_key_values", "present") for part in ("key", "value"))
 
 
-def cache_write(g: Graph, c: DecoderConfig, layer: int, key: str, value: str, write_index: str) -> tuple[str, str]:
+def cache_write(g: Graph, c: DecoderConfig | LayerShape, layer: int, key: str, value: str, write_index: str) -> tuple[str, str]:
     """Declares the layer's linear caches [R, H_kv, C, D] and writes key and value [R, H_kv, Q, D] at write_index
     [R]."""
     past_key, past_value, present_key, present_value = cache_names(layer)
@@ -87,7 +96,7 @@ def cache_write(g: Graph, c: DecoderConfig, layer: int, key: str, value: str, wr
     return present_key, present_value
 
 
-def attention(g: Graph, c: DecoderConfig, q: str, k: str, v: str, mask: str) -> str:
+def attention(g: Graph, c: DecoderConfig | LayerShape, q: str, k: str, v: str, mask: str) -> str:
     """q [R, H, Q, D], k and v [R, H_kv, C, D], mask from group_mask -> [R, H, Q, D], or a reshape of it.
 
     The heads of a group are laid side by side as slots of one head, q [R, H_kv, H / H_kv * Q, D]: the same numbers, but
@@ -97,13 +106,22 @@ def attention(g: Graph, c: DecoderConfig, q: str, k: str, v: str, mask: str) -> 
     """
     alone = c.num_attention_heads == c.num_key_value_heads
     q = g.op("Concat", q, q, axis=2) if alone else g.reshape(q, 0, c.num_key_value_heads, -1, c.head_dim)
-    o = g.op("Attention", q, k, v, mask, scale=float(c.head_dim) ** -0.5)
+    o = g.op("Attention", q, k, v, mask, scale=c.attention_scale)
     return g.op("Split", o, out=2, axis=2, num_outputs=2)[0] if alone else o
 
 
-def group_mask(g: Graph, c: DecoderConfig, mask: str) -> str:
+def group_mask(g: Graph, c: DecoderConfig | LayerShape, mask: str) -> str:
     """The additive mask [R, 1, Q, C] repeated for the slots that attention lays side by side; once a pass."""
     return g.op("Concat", *[mask] * max(c.num_attention_heads // c.num_key_value_heads, 2), axis=2)
+
+
+def within(g: Graph, mask: str, position_ids: str, window: int) -> str:
+    """The additive mask [R, 1, Q, C], with the cache positions (their index) out that lie `window` or more before the
+    query's own, position_ids [R, Q]. TOO_FAR is finite in float16 too, and so is a row in which nothing is left."""
+    C = g.op("Squeeze", g.op("Shape", mask, start=3, end=4), g.const([0]))
+    back = g.op("Sub", g.op("Unsqueeze", position_ids, g.const([1, 3])), g.op("Range", g.const(0), C, g.const(1)))
+    near, far = g.const(0.0, "float32"), g.const(TOO_FAR, "float32")
+    return g.op("Min", mask, g.op("Where", g.op("Less", back, g.const(window)), near, far))
 
 
 def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:
@@ -116,9 +134,11 @@ def head_rows(g: Graph, rows: str, heads: int, first: int, total: int) -> str:
     return g.op("Add", scaled, g.const(np.arange(first, first + heads)[None, :, None]))
 
 
-def mlp(w: Weights, x: str, layer: str, *, down_int8: str = "row") -> str:
-    """x [rows, d] -> [rows, d]: down(silu(gate) * up), gate and up as one MatMul."""
+def mlp(w: Weights, x: str, layer: str, *, down_int8: str = "row", activation: str = "Swish") -> str:
+    """x [rows, d] -> [rows, d]: down(activation(gate) * up), gate and up as one MatMul. activation: Swish, or Gelu (its
+    tanh form)."""
     g = w.graph
     gate_up = w.linear(x, f"{layer}.gate_proj", f"{layer}.up_proj")
     gate, up = g.op("Split", gate_up, out=2, axis=-1, num_outputs=2)
-    return w.linear(g.op("Mul", g.op("Swish", gate), up), f"{layer}.down_proj", int8=down_int8)
+    form = {"approximate": "tanh"} if activation == "Gelu" else {}
+    return w.linear(g.op("Mul", g.op(activation, gate, **form), up), f"{layer}.down_proj", int8=down_int8)

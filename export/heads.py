@@ -18,51 +18,75 @@ from .rows import argmax, inverse_cdf
 ALWAYS_CONFIDENT = 20.0  # the constant logit of a draft without a confidence head
 
 
+class Picks:
+    """A slot's logits to its token, one slot after another. A request's pick is the argmax; for those of `sample_index`
+    an inverse CDF at their temperature; for those of `match_index` the argmax of logits / temperature + noise, the
+    noise that the target's pick will get (docs/sampling.md)."""
+
+    def __init__(self, g: Graph, model: DraftModel):
+        c, self.graph = model.config, g
+        G, V, self.V_d = c.block_size, c.decoder.vocab_size, c.vocab_out
+        self.G = G
+        self.sample_index = g.input("sample_index", "int64", ("Rs",))
+        self.temperature = self.column(g.input("temperature", "float32", ("Rs",)))
+        uniforms = g.input("uniforms", "float32", ("Rs", G))
+        self.match_index = g.input("match_index", "int64", ("Rc",))
+        self.match_temperature = self.column(g.input("match_temperature", "float32", ("Rc",)))
+        noise = g.input("noise", "float32", ("Rc", G, V))
+        uniform = g.op("Split", uniforms, out=tuple(f"uniform.{k}" for k in range(G)), axis=1, num_outputs=G)
+        self.uniform = uniform if G > 1 else (uniform,)
+        ids = model.draft_to_target().numpy()
+        self.to_target = g.weight("draft_to_target", ids, ("d2t",)) if trimmed(model) else None
+        self.perturb = split_slots(g, at_tokens(g, noise, ids) if self.to_target else noise, G)
+        self.tokens, self.indices, self.probs = [], [], []
+
+    def column(self, x: str) -> str:
+        return self.graph.op("Unsqueeze", x, self.graph.const([1]))
+
+    def pick(self, k: int, logits: str) -> str:
+        """logits [R, V_d] of slot k -> its tokens [R], target ids."""
+        g, V_d, column = self.graph, self.V_d, self.column
+        index = argmax(g, logits, V_d)  # [R, 1]
+        p = g.op("Softmax", g.op("Div", g.op("Gather", logits, self.sample_index), self.temperature), axis=-1)
+        drawn = inverse_cdf(g, p, self.uniform[k], V_d)
+        index = g.op("ScatterElements", index, column(self.sample_index), drawn, axis=0)
+        matched = g.op("Div", g.op("Gather", logits, self.match_index), self.match_temperature)
+        matched = argmax(g, g.op("Add", matched, self.perturb[k]), V_d)
+        index = g.op("ScatterElements", index, column(self.match_index), matched, axis=0)
+        token = g.op("Gather", self.to_target, index) if self.to_target else index
+        self.tokens.append(token), self.indices.append(index), self.probs.append(g.op("Unsqueeze", p, g.const([1])))
+        return g.op("Squeeze", token, g.const([1]))
+
+    def outputs(self) -> None:
+        """Declares draft_tokens, draft_indices and draft_probs of the slots picked."""
+        g, G = self.graph, self.G
+        g.op("Concat", *self.tokens, out="draft_tokens", axis=1)
+        g.op("Concat", *self.indices, out="draft_indices", axis=1)
+        g.op("Concat", *self.probs, out="draft_probs", axis=1)
+        g.output("draft_tokens", "int64", ("R", G))
+        g.output("draft_indices", "int64", ("R", G))
+        g.output("draft_probs", "float32", ("Rs", G, self.V_d))
+
+
 def build_markov(model: DraftModel) -> Graph:
-    """The graph of docs/structures.md, "markov": G steps of bias and pick. A request's pick is the argmax; for those of
-    `sample_index` an inverse CDF at their temperature; for those of `match_index` the argmax of logits / temperature +
-    noise, the noise that the target's pick will get (docs/sampling.md)."""
+    """The graph of docs/structures.md, "markov": G steps of bias and pick."""
     c, g = model.config, Graph("markov")
     w = Weights(g, model.state_dict())
-    G, r, V, V_d = c.block_size, c.markov_rank, c.decoder.vocab_size, c.vocab_out
+    G, r, V_d = c.block_size, c.markov_rank, c.vocab_out
     hidden = g.input("hidden", "float32", ("R", G, c.decoder.hidden_size)) if needs_hidden(model) else None
     base_logits = g.input("base_logits", "float32", ("R", G, V_d))
-    anchor_ids = g.input("anchor_ids", "int64", ("R",)) if r else None
-    column = lambda x: g.op("Unsqueeze", x, g.const([1]))
-    sample_index = g.input("sample_index", "int64", ("Rs",))
-    temperature = column(g.input("temperature", "float32", ("Rs",)))
-    uniforms = g.input("uniforms", "float32", ("Rs", G))
-    match_index = g.input("match_index", "int64", ("Rc",))
-    match_temperature = column(g.input("match_temperature", "float32", ("Rc",)))
-    noise = g.input("noise", "float32", ("Rc", G, V))
-    base = split_slots(g, base_logits, G)
-    uniform = g.op("Split", uniforms, out=tuple(f"uniform.{k}" for k in range(G)), axis=1, num_outputs=G)
-    uniform = uniform if G > 1 else (uniform,)
-    to_target = g.weight("draft_to_target", model.draft_to_target().numpy(), ("d2t",)) if trimmed(model) else None
-    perturb = split_slots(g, at_tokens(g, noise, model.draft_to_target().numpy()) if to_target else noise, G)
+    previous = g.input("anchor_ids", "int64", ("R",)) if r else None
+    base, picks = split_slots(g, base_logits, G), Picks(g, model)
     head = MarkovSteps(w, model, hidden) if r else None
-
-    previous, tokens, indices, probs, embeddings = anchor_ids, [], [], [], []
+    embeddings = []
     for k in range(G):
         logits = base[k]
         if head is not None:
             embedding, bias = head.step(k, previous)
             embeddings.append(g.op("Unsqueeze", embedding, g.const([1])))
             logits = g.op("Add", logits, bias)
-        index = argmax(g, logits, V_d)  # [R, 1]
-        p = g.op("Softmax", g.op("Div", g.op("Gather", logits, sample_index), temperature), axis=-1)
-        index = g.op("ScatterElements", index, column(sample_index), inverse_cdf(g, p, uniform[k], V_d), axis=0)
-        matched = g.op("Add", g.op("Div", g.op("Gather", logits, match_index), match_temperature), perturb[k])
-        index = g.op("ScatterElements", index, column(match_index), argmax(g, matched, V_d), axis=0)
-        token = g.op("Gather", to_target, index) if to_target else index
-        previous = g.op("Squeeze", token, g.const([1]))
-        tokens.append(token), indices.append(index), probs.append(g.op("Unsqueeze", p, g.const([1])))
-    g.op("Concat", *tokens, out="draft_tokens", axis=1)
-    g.op("Concat", *indices, out="draft_indices", axis=1)
-    g.op("Concat", *probs, out="draft_probs", axis=1)
-    g.output("draft_tokens", "int64", ("R", G))
-    g.output("draft_indices", "int64", ("R", G))
-    g.output("draft_probs", "float32", ("Rs", G, V_d))
+        previous = picks.pick(k, logits)
+    picks.outputs()
     if embeddings:
         g.op("Concat", *embeddings, out="markov_embeddings", axis=1)
         g.output("markov_embeddings", "float32", ("R", G, r))
@@ -143,14 +167,11 @@ def build_confidence(model: DraftModel) -> Graph:
     """The graph of docs/structures.md, "confidence": the logit of c_k, or a constant for a draft without the head."""
     c, g = model.config, Graph("confidence")
     w = Weights(g, model.state_dict())
-    hidden = g.input("hidden", "float32", ("R", c.block_size, c.decoder.hidden_size))
+    slots = c.block_size if c.kind == "parallel" else 1  # an autoregressive draft hands over one row's
+    hidden = g.input("hidden", "float32", ("R", slots, c.decoder.hidden_size))
     if not c.enable_confidence_head:
-        g.op(
-            "Expand",
-            g.const([[ALWAYS_CONFIDENT]], "float32"),
-            g.op("Shape", hidden, start=0, end=2),
-            out="confidence_logits",
-        )
+        shape = g.op("Concat", g.op("Shape", hidden, start=0, end=1), g.const([c.block_size]), axis=0)
+        g.op("Expand", g.const([[ALWAYS_CONFIDENT]], "float32"), shape, out="confidence_logits")
     else:
         x = hidden
         if c.confidence_head_with_markov:

@@ -34,12 +34,14 @@ def lower_attention(g: Graph) -> None:
 
     For one row ONNX Runtime reads keys and values where they lie; for a few it packs them first, which takes longer than
     the product (twice as long with 16 requests of one token). For hundreds of rows, a prompt, packing pays; but a slot's
-    bits must not depend on its neighbours, and one kernel for all keeps that.
+    bits must not depend on its neighbours, and one kernel for all keeps that. With one key-value head Attention stays:
+    there ONNX Runtime would make one product of many rows again, but only of a request that is alone.
     """
     nodes, g.nodes = g.nodes, []
     unsqueezed: dict[str, str] = {}
+    kv_heads = {spec.name: spec.shape[1] for spec in g.outputs if spec.name.startswith("present.")}
     for node in nodes:
-        if node.op_type != "Attention":
+        if node.op_type != "Attention" or kv_heads.get(node.input[1]) == 1:
             g.nodes.append(node)
             continue
         q, k, v, mask = node.input  # q [R, H, S, D], k and v [R, H, C, D], mask [R, 1, S, C]

@@ -23,6 +23,8 @@ from training.target import PackedBatch, TargetModel
 
 from .gates import gate_of
 from .graph import Graph
+from .heads import ALWAYS_CONFIDENT
+from .parity_steps import Draws, rows_pass, steps_pass
 from .precision import HALF
 from .reference import draw_errors, pick_errors, softmax, verify_reference
 from .runner import MASKED, Runner
@@ -58,13 +60,18 @@ class Parity:
         self.target, self.draft, self.dtype = target, draft, dtype
         self.rng = np.random.default_rng(seed)
         self.G, self.V = draft.config.block_size, target.config.vocab_size
-        self.C = max(map(sum, SPLITS)) + 2 * self.G + max(max(s) for s in SPLITS)
+        self.slots, self.by_steps = draft.config.block_slots, draft.config.kind != "parallel"
+        self.C = max(map(sum, SPLITS)) + 2 * max(self.slots, self.G) + max(max(s) for s in SPLITS)
         self.checks: list[Check] = []
         self.run = {}
         for graph in graphs:
-            self.run[graph.name] = Runner(folder / "onnx" / graph.name, graph, len(SPLITS), self.C)
+            shared = self.run["backbone"].caches if graph.name == "markov" else None  # an autoregressive draft's
+            self.run[graph.name] = Runner(folder / "onnx" / graph.name, graph, len(SPLITS), self.C, shared)
 
-    def compare(self, engine: str, case: str, got: np.ndarray, want, *, exact: bool = False, argmax: bool = False) -> None:
+    def compare(
+        self, engine: str, case: str, got: np.ndarray, want, *, exact: bool = False, argmax: bool = False, gate: str = ""
+    ) -> None:
+        """gate: the name of the gate, where it is not the engine's."""
         want = want.detach().numpy() if isinstance(want, torch.Tensor) else want
         a, b = got.astype(np.float64).ravel(), want.astype(np.float64).ravel()
         norm = np.linalg.norm(b)
@@ -77,7 +84,7 @@ class Parity:
             ok = max_abs == 0.0
         else:
             relative = max_abs / scale if scale else 0.0 if max_abs == 0.0 else np.inf
-            ok = gate_of(self.dtype, engine).passes(cosine, ratio, relative)
+            ok = gate_of(self.dtype, gate or engine).passes(cosine, ratio, relative)
         agreement = float((got.argmax(-1) == want.argmax(-1)).mean()) if argmax else None
         self.checks.append(Check(engine, case, cosine, ratio, max_abs, scale, ok, agreement))
 
@@ -95,9 +102,20 @@ class Parity:
             rows = out.features.split(counts)
             anchors = [t[n + k] for t, n, k in zip(tokens, done, counts)]
             features = [torch.cat([f, new]) for f, new in zip(features, rows)]
-            hidden = self.backbone_pass(f"{name}: block {step + 1}", features, anchors, done, counts)
+            if self.by_steps:
+                block = rows_pass(self, f"{name}: rows {step + 1}", features, tokens, done, counts)
+            else:
+                block = self.backbone_pass(f"{name}: block {step + 1}", features, anchors, done, counts)
             done = [n + k for n, k in zip(done, counts)]
-        self.heads(name, hidden, anchors, done, torch_caches)
+        draws = Draws.random(self.rng, len(tokens), self.G, self.V)
+        got = steps_pass(self, name, block, draws) if self.by_steps else self.heads(name, block, anchors, draws)
+        feeds = {"hidden": block.hidden.numpy() if self.by_steps else block.numpy()}
+        want = got.pop("want_confidence")
+        if "markov_embeddings" in got:
+            feeds["markov_embeddings"] = got["markov_embeddings"]
+        confidence = self.run["confidence"](**feeds)["confidence_logits"]
+        self.compare("confidence", f"{name}: confidence_logits", confidence, want)
+        self.verify_pass(name, got, anchors, done, draws.temperature, torch_caches)
 
     def target_pass(self, case: str, tokens: list[list[int]], done: list[int], torch_caches):
         batch = PackedBatch.build(tokens, done, self.C)
@@ -112,61 +130,59 @@ class Parity:
 
     def backbone_pass(self, case: str, features: list, anchors: list[int], done: list[int], counts: list[int]) -> torch.Tensor:
         """The new context rows of each request, then its block, against DraftModel.backbone over the whole context."""
-        R, G, F, Q = len(anchors), self.G, sum(counts), max(counts) + self.G
+        R, B, F, Q = len(anchors), self.slots, sum(counts), max(counts) + self.slots
         pad, first = np.zeros((R, Q), np.int64), 0
         start = np.array(done)
         for r, k in enumerate(counts):
             pad[r, :k] = first + np.arange(k)
-            pad[r, k : k + G] = F + r * G + np.arange(G)
+            pad[r, k : k + B] = F + r * B + np.arange(B)
             first += k
         ends = start + counts
-        mask = np.arange(self.C)[None, :] < (ends + G)[:, None]
+        mask = np.arange(self.C)[None, :] < (ends + B)[:, None]
         got = self.run["backbone"](
             features=torch.cat([f[n:] for f, n in zip(features, done)]).numpy(), anchor_ids=np.array(anchors), pad_index=pad,
-            position_ids=start[:, None] + np.arange(Q), block_position_ids=ends[:, None] + np.arange(G), write_index=start,
-            mask=np.where(np.broadcast_to(mask[:, None, None], (R, 1, G, self.C)), np.float32(0), MASKED),
+            position_ids=start[:, None] + np.arange(Q), block_position_ids=ends[:, None] + np.arange(B), write_index=start,
+            mask=np.where(np.broadcast_to(mask[:, None, None], (R, 1, B, self.C)), np.float32(0), MASKED),
         )
         want = torch.cat([
             self.draft.backbone(f[None], torch.tensor([[a]]), torch.tensor([[len(f)]]))[:, 0] for f, a in zip(features, anchors)
         ])
         self.compare("backbone", f"{case}, hidden", got["hidden"], want)
-        self.compare("backbone", f"{case}, base_logits", got["base_logits"], self.draft.lm_head(want), argmax=True)
+        self.compare("backbone", f"{case}, base_logits", got["base_logits"], self.draft.base_logits(want), argmax=True)
         return want
 
-    def heads(self, name: str, hidden: torch.Tensor, anchors: list[int], done: list[int], torch_caches) -> None:
-        R, G, draft, rng = len(anchors), self.G, self.draft, self.rng
-        to_target = draft.draft_to_target().numpy()
-        temperature = np.array([0.0, 1.0, 0.7], np.float32)
-        base = draft.lm_head(hidden)
-        uniforms, sampled, matched = rng.random((R, G), dtype=np.float32), np.array([1]), np.array([2])
-        noise = rng.gumbel(size=(1, G, self.V)).astype(np.float32)
-        got = self.run["markov"](
-            hidden=hidden.numpy(), base_logits=base.numpy(), anchor_ids=np.array(anchors), sample_index=sampled,
-            temperature=temperature[sampled], uniforms=uniforms[sampled], match_index=matched,
-            match_temperature=temperature[matched], noise=noise,
-        )
-        indices, tokens = got["draft_indices"], got["draft_tokens"]
-        previous = torch.tensor(np.column_stack([anchors, tokens[:, :-1]]))
+    def heads(self, name: str, hidden: torch.Tensor, anchors: list[int], draws: Draws) -> dict:
+        """The sequential head; what it gave, and the confidences that belong to it as `want_confidence`."""
+        draft = self.draft
+        base = draft.base_logits(hidden)
+        feeds = dict(hidden=hidden.numpy(), base_logits=base.numpy(), anchor_ids=np.array(anchors))
+        got = self.run["markov"](**feeds, **draws.feeds())
+        previous = torch.tensor(np.column_stack([anchors, got["draft_tokens"][:, :-1]]))
         logits, confidence = draft.corrected_logits(hidden, previous)
-        logits = logits.numpy()
-        probs = softmax(logits[sampled] / temperature[sampled, None, None])
-        self.compare("markov", f"{name}: draft_probs", got["draft_probs"], probs)
-        self.compare("markov", f"{name}: draft_tokens", tokens, to_target[indices], exact=True)
-        perturbed = logits.copy()
-        perturbed[matched] = logits[matched] / temperature[matched, None, None] + noise[..., to_target]
-        slack = gate_of(self.dtype, "markov").draw
-        wrong = pick_errors(perturbed, indices, slack)
-        wrong[sampled] = draw_errors(probs, uniforms[sampled], indices[sampled], slack)
-        self.compare("markov", f"{name}: draws outside their interval", wrong, np.zeros_like(wrong), exact=True)
-        feeds = {"hidden": hidden.numpy()}
+        self.picks(name, got, logits.numpy(), draws, "markov")
         if "markov_embeddings" in got:
             exact = self.dtype not in HALF
             self.compare("markov", f"{name}: markov_embeddings", got["markov_embeddings"], draft.markov_head.embed(previous), exact=exact)
-            feeds["markov_embeddings"] = got["markov_embeddings"]
-        got_confidence = self.run["confidence"](**feeds)["confidence_logits"]
-        want_confidence = confidence if confidence is not None else np.full((R, G), 20.0, np.float32)
-        self.compare("confidence", f"{name}: confidence_logits", got_confidence, want_confidence)
+        none = np.full((len(anchors), self.G), ALWAYS_CONFIDENT, np.float32)
+        return {**got, "want_confidence": none if confidence is None else confidence}
 
+    def picks(self, name: str, got: dict, logits: np.ndarray, draws: Draws, gate: str) -> None:
+        """What the markov engine gave against the logits [R, G, V_d] of its own tokens so far."""
+        sampled, matched, temperature = draws.sampled, draws.matched, draws.temperature[:, None, None]
+        indices, to_target = got["draft_indices"], self.draft.draft_to_target().numpy()
+        probs = softmax(logits[sampled] / temperature[sampled])
+        self.compare("markov", f"{name}: draft_probs", got["draft_probs"], probs, gate=gate)
+        self.compare("markov", f"{name}: draft_tokens", got["draft_tokens"], to_target[indices], exact=True)
+        perturbed = logits.copy()
+        perturbed[matched] = logits[matched] / temperature[matched] + draws.noise[..., to_target]
+        slack = gate_of(self.dtype, gate).draw
+        wrong = pick_errors(perturbed, indices, slack)
+        wrong[sampled] = draw_errors(probs, draws.uniforms[sampled], indices[sampled], slack)
+        self.compare("markov", f"{name}: draws outside their interval", wrong, np.zeros_like(wrong), exact=True)
+
+    def verify_pass(self, name: str, got: dict, anchors: list[int], done: list[int], temperature: np.ndarray, torch_caches) -> None:
+        """The target over the blocks that were drafted (`got`), then the verdicts."""
+        G, tokens, indices = self.G, got["draft_tokens"], got["draft_indices"]
         num_draft = np.array([G, max(G - 2, 0), G // 2])
         self.target_pass(f"{name}: verify", [[a, *row[:n]] for a, row, n in zip(anchors, tokens.tolist(), num_draft)], done, torch_caches)
         first = np.cumsum([0, *(num_draft[:-1] + 1)])

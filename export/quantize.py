@@ -59,11 +59,12 @@ def quantize_rows(g: Graph, x: str, *, may_be_none: bool = False) -> tuple[str, 
 def row_matmul(g: Graph, node: NodeProto, rows: str, m: str) -> None:
     """y = (rows - 128) @ W_int8 * column scale / 127 * m, under the MatMul's own output name."""
     name = node.input[1]
-    array = g.weights[name]
-    whole = applied(lambda w: quantize_columns(w)[0], array, array.shape, np.int8)
-    weight = g.weight(f"{name}.int8", whole, g.sources[name])
-    steps = applied(lambda w: quantize_columns(w)[1] * np.float32(STEP), array, array.shape[1:], np.float32)
-    column = g.weight(f"{name}.scale", steps, g.sources[name])
+    array, weight, column = g.weights[name], f"{name}.int8", f"{name}.scale"
+    if weight not in g.weights:  # the MatMuls of unrolled steps share theirs
+        whole = applied(lambda w: quantize_columns(w)[0], array, array.shape, np.int8)
+        g.weight(weight, whole, g.sources[name])
+        steps = applied(lambda w: quantize_columns(w)[1] * np.float32(STEP), array, array.shape[1:], np.float32)
+        g.weight(column, steps, g.sources[name])
     product = g.op("Cast", g.op("MatMulInteger", rows, weight, g.const(ZERO_POINT, "uint8")), to=1)
     g.op("Mul", g.op("Mul", product, column), m, out=node.output[0])
 

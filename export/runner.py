@@ -17,9 +17,9 @@ LOWEST_HALF = np.float32(-3e4)  # MASKED in float16, where -1e30 would be infini
 
 
 class Runner:
-    """One graph's session on two threads, with caches (if it has any) bound in place."""
+    """One graph's session on two threads, with caches (if it has any) bound in place; `caches`: another's, to read."""
 
-    def __init__(self, folder: Path, graph: Graph, rows: int = 0, length: int = 0):
+    def __init__(self, folder: Path, graph: Graph, rows: int = 0, length: int = 0, caches: dict | None = None):
         options = ort.SessionOptions()
         options.intra_op_num_threads = 2
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to who needs them
@@ -27,9 +27,11 @@ class Runner:
         check_signature(self.session, graph)
         self.inputs = [s for s in graph.inputs if not s.name.startswith("past_key_values.")]
         self.outputs = [s.name for s in graph.outputs if not s.name.startswith("present.")]
-        self.caches = {}
+        self.caches, self.updated = {}, {s.name for s in graph.outputs if s.name.startswith("present.")}
         for s in graph.inputs:
-            if s.name.startswith("past_key_values."):
+            if s.name.startswith("past_key_values.") and caches is not None:
+                self.caches[s.name] = caches[s.name]
+            elif s.name.startswith("past_key_values."):
                 shape = [{"R": rows, "C": length}.get(n, n) for n in s.shape]
                 self.caches[s.name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, s.dtype))
 
@@ -44,18 +46,16 @@ class Runner:
             array = feeds[s.name] if s.dtype != "float16" else np.maximum(feeds[s.name], LOWEST_HALF)
             array = np.ascontiguousarray(array, dtype=s.dtype)
             binding.bind_ortvalue_input(s.name, ort.OrtValue.ortvalue_from_numpy(array))
+        present = {}
         for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+            if (output := name.replace("past_key_values.", "present.")) in self.updated:
+                binding.bind_ortvalue_output(output, value)
+                present[output] = value
         for name in self.outputs:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
-        arrays = dict(
-            zip(
-                [*(c.replace("past_key_values.", "present.") for c in self.caches), *self.outputs],
-                binding.get_outputs(),
-            )
-        )
+        arrays = dict(zip([*present, *self.outputs], binding.get_outputs()))
         return {name: arrays[name].numpy() for name in self.outputs}
 
 

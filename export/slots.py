@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.decoder_config import DecoderConfig
+from training.decoder_config import DecoderConfig, LayerShape
 
-from .decoder import ROPE_SLACK, Weights, attention, group_mask, head_rows, rope_tables
+from .decoder import ROPE_SLACK, Weights, attention, group_mask, head_rows, rms_norm, rope_tables, within
 from .graph import Graph
 
 ROPE_BYTES = 64 << 20  # the grouped form's rope tables may take this much
@@ -89,34 +89,48 @@ class GroupedSlots:
 
 
 class SeparateSlots:
-    """q and k together [R, H + H_kv, Q, D], v apart: TensorRT's form, and that of models that do not fit the grouped one."""
+    """q and k together [R, H + H_kv, Q, D], v apart: TensorRT's form, and that of models that do not fit the grouped
+    one. One kind of layer, whose shape is that of layer `i`; name: of its rope tables."""
 
     def __init__(
-        self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str, mask: str
-    ):
-        self.graph, self.config, self.positions = g, c, position_ids
-        H, KV = c.num_attention_heads, c.num_key_value_heads
-        self.cos, self.sin, _ = rope_tables(g, c.rope, c.head_dim, max_context)
-        self.qk_rows = head_rows(g, pad_index, H + KV, 0, H + 2 * KV)  # [R, H + H_kv, Q]
-        self.v_rows = head_rows(g, pad_index, KV, H + KV, H + 2 * KV)  # [R, H_kv, Q]
+        self, g: Graph, c: DecoderConfig, max_context: int, pad_index: str, pack_index: str, position_ids: str,
+        mask: str, *, i: int = 0, name: str = "rope",
+    ):  # fmt: skip
+        self.graph, self.config, self.positions, self.shape = g, c, position_ids, (shape := c.layer(i))
+        H, KV = shape.num_attention_heads, shape.num_key_value_heads
+        total = H + KV + (KV if shape.own_values else 0)  # else values are the keys before norm and rotation
+        self.cos, self.sin, _ = rope_tables(g, shape.rope, shape.head_dim, max_context, name=name)
+        self.q_rows = head_rows(g, pad_index, H, 0, H)  # [R, H, Q], of a layer that makes queries alone
+        self.qk_rows = head_rows(g, pad_index, H + KV, 0, total)  # [R, H + H_kv, Q]
+        self.v_rows = head_rows(g, pad_index, KV, total - KV, total)  # [R, H_kv, Q]
         self.packed = packed_head_rows(g, pad_index, pack_index, H)  # [N, H]
-        self.groups = group_mask(g, c, mask)
+        mask = mask if shape.window is None else within(g, mask, position_ids, shape.window)
+        self.groups = group_mask(g, shape, mask)
 
     def spread(self, w: Weights, qkv: str, layer: str) -> tuple[str, str, str]:
-        g, c = self.graph, self.config
-        heads = g.reshape(qkv, -1, c.head_dim)  # [N * (H + 2 H_kv), D]
+        g, c, s = self.graph, self.config, self.shape
+        heads = g.reshape(qkv, -1, s.head_dim)  # [N * (H + 2 H_kv), D]
         qk, v = g.op("Gather", heads, self.qk_rows), g.op("Gather", heads, self.v_rows)
         if c.qk_norm:
-            qk = qk_norm(w, qk, layer, c)
+            qk = qk_norm(w, qk, layer, s, c.rms_norm_eps)
+        if c.gemma4:
+            v = bare_norm(g, v, s.head_dim, c.rms_norm_eps)
         qk = g.op("RotaryEmbedding", qk, self.cos, self.sin, self.positions)
-        q, k = g.op("Split", qk, g.const([c.num_attention_heads, c.num_key_value_heads]), out=2, axis=1)
+        q, k = g.op("Split", qk, g.const([s.num_attention_heads, s.num_key_value_heads]), out=2, axis=1)
         return q, k, v
+
+    def queries(self, w: Weights, q: str, layer: str) -> str:
+        """q [N, H * D], of a layer that attends another's keys and values -> rotated [R, H, Q, D]."""
+        g, c = self.graph, self.config
+        q = g.op("Gather", g.reshape(q, -1, self.shape.head_dim), self.q_rows)
+        q = rms_norm(w, q, f"{layer}.q_norm", c.rms_norm_eps)
+        return g.op("RotaryEmbedding", q, self.cos, self.sin, self.positions)
 
     def attend(self, q: str, k: str, v: str) -> str:
         """q [R, H, Q, D], k and v [R, H_kv, C, D] -> [N, H * D]."""
-        g, c = self.graph, self.config
-        o = g.reshape(attention(g, c, q, k, v, self.groups), -1, c.head_dim)  # [R * H * Q, D]
-        return g.reshape(g.op("Gather", o, self.packed), -1, c.num_attention_heads * c.head_dim)
+        g, s = self.graph, self.shape
+        o = g.reshape(attention(g, s, q, k, v, self.groups), -1, s.head_dim)  # [R * H * Q, D]
+        return g.reshape(g.op("Gather", o, self.packed), -1, s.num_attention_heads * s.head_dim)
 
 
 def packed_head_rows(g: Graph, pad_index: str, pack_index: str, heads: int) -> str:
@@ -128,11 +142,15 @@ def packed_head_rows(g: Graph, pad_index: str, pack_index: str, heads: int) -> s
     return g.op("Add", g.op("Unsqueeze", first, g.const([1])), head_offsets)
 
 
-def qk_norm(w: Weights, qk: str, layer: str, c: DecoderConfig) -> str:
-    """Qwen3's per-head norms on the joint qk [R, H + H_kv, Q, D]: one norm, then each head's own scale."""
+def qk_norm(w: Weights, qk: str, layer: str, c: LayerShape, eps: float) -> str:
+    """The per-head norms of queries and keys on the joint qk [R, H + H_kv, Q, D]: one norm, then each head's scale."""
     g = w.graph
     names = (f"{layer}.q_norm.weight", f"{layer}.k_norm.weight")
     q, k = (np.asarray(w.array(name)) for name in names)
     scale = np.concatenate([np.tile(q, (c.num_attention_heads, 1)), np.tile(k, (c.num_key_value_heads, 1))])[:, None, :]
-    normed = g.op("RMSNormalization", qk, g.const(np.ones(q.shape[0]), "float32"), axis=-1, epsilon=c.rms_norm_eps)
-    return g.op("Mul", normed, g.weight(f"{layer}.qk_norm", scale, names))
+    return g.op("Mul", bare_norm(g, qk, q.shape[0], eps), g.weight(f"{layer}.qk_norm", scale, names))
+
+
+def bare_norm(g: Graph, x: str, size: int, eps: float) -> str:
+    """x [..., size] / rms(x), without a weight."""
+    return g.op("RMSNormalization", x, g.const(np.ones(size), "float32"), axis=-1, epsilon=eps)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.checkpoint import draft_tensors
+from training.autoregressive import ArConfig
+from training.checkpoint import draft_module, draft_tensors
 from training.decoder_config import DecoderConfig
-from training.draft import DraftConfig, DraftModel
+from training.draft import DraftConfig
 from training.target import TargetModel, target_tensors
 from training.weights import StoredTensor, check_fit
 
@@ -47,9 +48,9 @@ class TargetSource:
 
 @dataclass(frozen=True)
 class DraftSource:
-    """A draft's weights under DraftModel's names, float32 (d2t int64) once made."""
+    """A draft's weights under the names of its module (DraftModel, ArDraft), float32 (d2t int64) once made."""
 
-    config: DraftConfig
+    config: DraftConfig | ArConfig
     weights: dict[str, Lazy]
 
     def state_dict(self) -> dict[str, Lazy]:
@@ -65,7 +66,7 @@ class DraftSource:
         """Reads names and shapes. Errors as of load_draft."""
         config, stored = draft_tensors(folder, target_folder)
         with torch.device("meta"):
-            model = DraftModel(config)
+            model = draft_module(config)
         check_fit(model.state_dict(), stored, str(folder))
         return cls(config, {name: lazy(stored[name]) for name in model.state_dict()})
 

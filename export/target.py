@@ -7,10 +7,12 @@ d hidden size, H / H_kv heads, D head size, L feature layers.
 
 from __future__ import annotations
 
+from training.decoder_config import DecoderConfig, LayerShape
 from training.target import TargetModel
 
-from .decoder import Weights, cache_write, mlp, rms_norm
+from .decoder import Weights, cache_write, rms_norm
 from .graph import Graph
+from .layers import embedded, finish, head, layer_inputs
 from .slots import GroupedSlots, SeparateSlots, fits_grouped
 
 # int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too
@@ -33,25 +35,26 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
     write_index = g.input("write_index", "int64", ("R",))
     mask = g.input("mask", "float32", ("R", 1, "Q", "C"))
     logit_rows = g.input("logit_rows", "int64", ("M",))
-    form = GroupedSlots if static_cache is None and fits_grouped(c, max_context) else SeparateSlots
-    slots = form(g, c, max_context, pad_index, pack_index, position_ids, mask)
+    at = (pad_index, pack_index, position_ids, mask)
+    slots = slots_of_each(g, c, max_context, at, grouped=static_cache is None and fits_grouped(c, max_context))
 
-    x = g.op("Gather", w.plain("embed_tokens.weight"), token_ids)
-    features = {-1: x}
-    for i in range(c.num_hidden_layers):
-        layer = f"layers.{i}"
+    x = embedded(w, c, token_ids)
+    own = layer_inputs(w, c, token_ids, x)
+    features, kept = {-1: x}, {}
+    for i, (shape, form) in enumerate(zip(c.layers, slots)):
+        layer, attn = f"layers.{i}", f"layers.{i}.self_attn"
         h = rms_norm(w, x, f"{layer}.input_layernorm", c.rms_norm_eps)
-        qkv = w.linear(h, *(f"{layer}.self_attn.{p}_proj" for p in "qkv"), int8=OUTLIERS)
-        q, k, v = slots.spread(w, qkv, f"{layer}.self_attn")
-        k, v = cache_write(g, c, i, k, v, write_index)
-        if static_cache is not None:
-            k, v = (slice_cache(g, cache, mask) for cache in (k, v))
-        x = g.op("Add", x, w.linear(slots.attend(q, k, v), f"{layer}.self_attn.o_proj", int8=OUTLIERS))
-        h = rms_norm(w, x, f"{layer}.post_attention_layernorm", c.rms_norm_eps)
-        x = g.op("Add", x, mlp(w, h, f"{layer}.mlp", down_int8=OUTLIERS))
+        heads = w.linear(h, *(f"{attn}.{p}_proj" for p in projections(shape, i)), int8=OUTLIERS)
+        if shape.source == i:
+            q, k, v = form.spread(w, heads, attn)
+            k, v = cache_write(g, shape, i, k, v, write_index)
+            kept[i] = (k, v) if static_cache is None else tuple(slice_cache(g, cache, mask) for cache in (k, v))
+        else:
+            q = form.queries(w, heads, attn)
+        x = finish(w, c, layer, x, form.attend(q, *kept[shape.source]), own[i], int8=OUTLIERS)
         features[i] = x
     last = rms_norm(w, g.op("Gather", x, logit_rows), "norm", c.rms_norm_eps)
-    w.linear(last, "lm_head", int8="row-or-none", out="logits")
+    head(w, c, last, "logits", int8="row-or-none")
     g.op("Concat", *(features[i] for i in model.layer_ids), out="features", axis=-1)
     g.output("logits", "float32", ("M", c.vocab_size))
     g.output("features", "float32", ("N", len(model.layer_ids) * c.hidden_size))
@@ -59,6 +62,25 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
         fix_cache_length(g, static_cache)
     g.prune()
     return g
+
+
+def slots_of_each(g: Graph, c: DecoderConfig, max_context: int, at: tuple[str, str, str, str], grouped: bool) -> list:
+    """Each layer's slots, one for all layers of a kind. at: pad_index, pack_index, position_ids, mask."""
+    if grouped:
+        return [GroupedSlots(g, c, max_context, *at)] * c.num_hidden_layers
+    kinds: dict[tuple, SeparateSlots] = {}
+    for i, s in enumerate(c.layers):
+        if (key := (s.window, s.head_dim, s.num_key_value_heads)) not in kinds:
+            name = "rope" if not kinds else f"rope.{len(kinds)}"
+            kinds[key] = SeparateSlots(g, c, max_context, *at, i=i, name=name)
+    return [kinds[s.window, s.head_dim, s.num_key_value_heads] for s in c.layers]
+
+
+def projections(shape: LayerShape, i: int) -> str:
+    """What layer i projects: queries alone where it attends another's keys and values."""
+    if shape.source != i:
+        return "q"
+    return "qkv" if shape.own_values else "qk"
 
 
 def slice_cache(g: Graph, cache: str, mask: str) -> str:

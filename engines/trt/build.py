@@ -161,10 +161,10 @@ def check_inputs(network, job: Job) -> None:
 
 
 def check_caches(trt, network, job: Job) -> None:
-    """Each cache is updated in place, by a layer whose output shares its input's address at run time."""
+    """Each cache that comes out is updated in place, by a layer whose output shares its input's address at run time."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     updates = sum(layer.type == trt.LayerType.KV_CACHE_UPDATE for layer in layers)
-    caches = sum(spec.name.startswith("past_key_values.") for spec in job.inputs)
+    caches = sum(network.get_output(i).name.startswith("present.") for i in range(network.num_outputs))
     if updates != caches:
         raise BuildError(f"{job.name}: it has {caches} caches, but {updates} layers that update one in place.")
 

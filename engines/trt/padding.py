@@ -14,6 +14,7 @@ import numpy as np
 from numpy import ndarray
 
 from ..arrays import Rows
+from ..autoregressive import RowsBatch
 from ..base import BackboneBatch, TargetBatch
 from .profiles import Profile
 
@@ -59,6 +60,23 @@ def pad_backbone(batch: BackboneBatch, profile: Profile) -> BackboneBatch:
         features=Rows(pieces, rows),
         pad_index=longer(np.where(batch.pad_index < F, batch.pad_index, batch.pad_index + rows - F), slots, 1),
         position_ids=longer(batch.position_ids, slots, 1),
+    )
+
+
+def pad_rows(batch: RowsBatch, profile: Profile) -> RowsBatch:
+    """Wider F and Q within the profile. More rows hold anything and are read by no slot, more slots write garbage
+    behind a request's own rows."""
+    F, Q = len(batch.features), batch.pad_index.shape[1]
+    rows, slots = wider(F, profile.sizes["F"][2]), wider(Q, profile.sizes["Q"][2])
+    pieces = batch.features.pieces if isinstance(batch.features, Rows) else [batch.features]
+    return replace(
+        batch,
+        features=Rows(pieces, rows),
+        next_ids=longer(batch.next_ids, rows),
+        pad_index=longer(batch.pad_index, slots, 1),
+        pack_index=longer(batch.pack_index // Q * slots + batch.pack_index % Q, rows),
+        position_ids=longer(batch.position_ids, slots, 1),
+        mask_rows=None if batch.mask_rows is None else longer(batch.mask_rows, slots, 2),
     )
 
 

@@ -18,14 +18,21 @@ LENGTH_STEP = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What a bundle is compiled for: requests decoding at once, prompt tokens a pass, G, the target's vocabulary V, and
-    the static length of a cache row (max_context and room for a pass's padded slots)."""
+    """What a bundle is compiled for: requests decoding at once, prompt tokens a pass, G, the target's vocabulary V,
+    the static length of a cache row (max_context and room for a pass's padded slots), and whether a block has G slots
+    or, its anchor's drafting nothing, G + 1; none at all where it is drafted by steps."""
 
     requests: int
     chunk: int
     block: int
     vocab: int
     cache: int
+    sample_from_anchor: bool = True
+    autoregressive: bool = False
+
+    @property
+    def block_slots(self) -> int:
+        return 0 if self.autoregressive else self.block + (0 if self.sample_from_anchor else 1)
 
     @property
     def rows(self) -> int:
@@ -50,21 +57,26 @@ class Profile:
         return asdict(self)
 
 
-def limits_for(*, requests: int, chunk: int, block: int, vocab: int, max_context: int) -> Limits:
+def limits_for(
+    *, requests: int, chunk: int, block: int, vocab: int, max_context: int, sample_from_anchor: bool = True,
+    autoregressive: bool = False,
+) -> Limits:  # fmt: skip
     """Raises ValueError, one sentence, for a number outside its range."""
     for name, value in (("max_requests", requests), ("chunk", chunk)):
         if not 1 <= value <= 4096:
             raise ValueError(f"{name} is {value}; it must lie in 1..4096.")
     length = max_context + chunk + block + 1
-    return Limits(requests, chunk, block, vocab, -(-length // LENGTH_STEP) * LENGTH_STEP)
+    length = -(-length // LENGTH_STEP) * LENGTH_STEP
+    return Limits(requests, chunk, block, vocab, length, sample_from_anchor, autoregressive)
 
 
 def profiles_of(limits: Limits) -> dict[str, tuple[Profile, ...]]:
     """{engine: its profiles, in the order of their indices}."""
     R, G, chunk, rows, S = limits.requests, limits.block, limits.chunk, limits.rows, limits.cache
+    B, most_slots = limits.block_slots, G + 1 + limits.block_slots  # a round's new context, then the block
     some, context = -(-R // 2), (1, S // 2, S)
     requests, packed = (1, some, R), (1, some * (G + 1), rows)
-    one = (1, 1, 1)
+    one, cached = (1, 1, 1), {"C": context} if limits.autoregressive else {}
 
     def profile(name: str, values: dict[str, Range] | None = None, **sizes: Range) -> Profile:
         return Profile(name, sizes, values or {})
@@ -79,10 +91,10 @@ def profiles_of(limits: Limits) -> dict[str, tuple[Profile, ...]]:
             profile("prefill", N=(1, chunk, chunk + rows), R=(1, 1, R), Q=(1, chunk, chunk), C=context, M=(0, 1, rows)),
         ),
         "backbone": (
-            profile("decode", F=(1, 2 * some, rows), R=requests, Q=(1, min(G + 2, 2 * G + 1), 2 * G + 1), C=context),
-            profile("prefill", F=(1, chunk, chunk + rows), R=(1, 1, R), Q=(1, chunk + G, chunk + G), C=context),
+            profile("decode", F=(1, 2 * some, rows), R=requests, Q=(1, min(B + 2, most_slots), most_slots), C=context),
+            profile("prefill", F=(1, chunk, chunk + rows), R=(1, 1, R), Q=(1, chunk + B, chunk + B), C=context),
         ),
-        "markov": (profile("decode", R=requests, Rs=(0, some, R), Rc=(0, 1, R)),),
+        "markov": (profile("decode", R=requests, Rs=(0, some, R), Rc=(0, 1, R), **cached),),
         "confidence": (profile("decode", R=requests),),
         "verify": (
             profile(

@@ -41,6 +41,7 @@ class Runner:
         self.engine = library.open(name, plan)
         is_cache = lambda s: s.name.startswith(("past_key_values.", "present."))
         self.cache_names = [s.name for s in spec.inputs if is_cache(s)]
+        self.updated = {s.name for s in spec.outputs if is_cache(s)}  # none of an engine that only reads its caches
         self.inputs = [_declared(s) for s in spec.inputs if not is_cache(s)]
         self.outputs = [_declared(s) for s in spec.outputs if not is_cache(s)]
         self._check(spec)
@@ -109,7 +110,9 @@ class Runner:
         sizes = sizes_of(self.name, self.inputs, taken)
         addresses = self._place(taken)
         for name in self.cache_names:
-            addresses[name] = addresses[name.replace("past_key_values.", "present.")] = cache(name)
+            addresses[name] = cache(name)
+            if (present := name.replace("past_key_values.", "present.")) in self.updated:
+                addresses[present] = addresses[name]
         shapes = {name: tuple(array.shape) for name, array in taken.items() if name not in self.values}
         shapes |= {name: shape for name, shape in self._cache_shapes(sizes)}
         values = tuple(int(taken[name][0]) for name in self.values)
@@ -145,7 +148,7 @@ class Runner:
 
     def _cache_shapes(self, sizes: dict[str, int]):
         for name in self.cache_names:
-            yield name, (sizes["R"], *self._cache_shape)
+            yield name, (sizes["R"], *self._cache_dims[name])
 
     def _launch(self, key: tuple, profile: int, shapes: dict[str, tuple], addresses: dict[str, int]) -> None:
         if (graph := self.graphs.get(key)) is not None:
@@ -207,11 +210,12 @@ class Runner:
             host = engine.get_tensor_location(name) == trt.TensorLocation.HOST
             if host != (name in self.profiles[0].values):
                 raise odd(f"wants {name!r} in {'host' if host else 'GPU'} memory, unlike its profile")
+        self._cache_dims: dict[str, tuple[int, ...]] = {}
         for name in self.cache_names:
             present = name.replace("past_key_values.", "present.")
-            if (alias := engine.get_aliased_input_tensor(present)) != name:
+            if present in self.updated and (alias := engine.get_aliased_input_tensor(present)) != name:
                 raise odd(f"does not update {name!r} in place: {present!r} shares memory with {alias or 'nothing'!r}")
-            self._cache_shape = tuple(engine.get_tensor_shape(name))[1:]
+            self._cache_dims[name] = tuple(engine.get_tensor_shape(name))[1:]
 
 
 class Results:

@@ -30,7 +30,16 @@ def test_reads_what_export_wrote(bundle):
     assert b.tokenizer_file is None
 
 
+def test_a_manifest_without_sample_from_anchor_means_that_it_does(bundle):
+    """Bundles made before the key was there."""
+    assert "sample_from_anchor" not in json.loads((bundle / "manifest.json").read_text())["draft"]
+    draft = Bundle.load(bundle).draft
+    assert draft.sample_from_anchor and draft.block_slots == draft.block_size == 4
+
+
 EDITS = {
+    "sample_from_anchor is 'no', it must be": lambda m: m["draft"].update(sample_from_anchor="no"),
+    "input 'block_position_ids' is ['R', 4], expected ['R', 5]": lambda m: m["draft"].update(sample_from_anchor=False),
     "format_version is 1": lambda m: m.update(format_version=1),
     "lacks the key 'max_context'": lambda m: m.pop("max_context"),
     "lacks the key 'vocab_size'": lambda m: m["draft"].pop("vocab_size"),

@@ -82,7 +82,8 @@ def test_caches_are_updated_in_place(on_device):
     caches.values[0].update_inplace(np.zeros(caches.values[0].shape(), np.float32))
     on_device.target(batch)
     assert [v.data_ptr() for v in caches.values] == addresses
-    shape = (caches.rows, caches.heads, caches.capacity, caches.head_dim)
+    heads, head_dim = caches.shapes[0]
+    shape = (caches.rows, heads, caches.capacity, head_dim)
     written = np.abs(caches.values[0].numpy().reshape(shape)).sum((1, 3))[0]
     assert (written[:3] > 0).all() and not written[3:].any()
 
@@ -160,7 +161,7 @@ def test_pieces_from_both_sides_are_put_together():
 
 
 def test_caches_grow_with_what_they_hold_and_rows_move():
-    caches = DeviceCaches(Memory(Device()), count=2, heads=3, head_dim=4, dtype="float32")
+    caches = DeviceCaches(Memory(Device()), [(2, 6), (3, 4)], dtype="float32")
     read = lambda i: caches.values[i].numpy().reshape(caches.rows, 3, caches.capacity, 4)
     caches.ensure(2, 10)
     held = np.random.default_rng(0).random((2, 3, GROWTH, 4), np.float32)
@@ -175,14 +176,14 @@ def test_caches_grow_with_what_they_hold_and_rows_move():
     caches.move_row(1, 3, 7)
     np.testing.assert_array_equal(read(1)[3, :, :7], held[1, :, :7])
     assert not read(1)[3, :, 7:].any()
-    assert caches.nbytes == 2 * 4 * 3 * 2 * GROWTH * 4 * 4
+    assert caches.nbytes == 4 * (2 * 6 + 3 * 4) * 2 * GROWTH * 4
 
 
 def test_no_room_is_one_sentence_and_leaves_caches_that_work(monkeypatch):
     memory = Memory(Device())
     with pytest.raises(MemoryError, match=r"^cpu has no room for .* MB more; serve fewer requests.$"):
         memory.empty(1 << 58, np.dtype(np.float32))
-    caches = DeviceCaches(memory, count=2, heads=3, head_dim=4, dtype="float32")
+    caches = DeviceCaches(memory, [(3, 4), (2, 6)], dtype="float32")
     with pytest.raises(MemoryError):
         caches.ensure(1 << 30, 1 << 20)
     assert (caches.rows, caches.capacity, len(caches.values)) == (1, GROWTH, 2)

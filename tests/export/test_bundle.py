@@ -42,9 +42,10 @@ def left_over(folder: Path) -> list[str]:
     "family, target_options, draft_options, dtype",
     [
         ("llama", {}, {}, "fp32"),
-        ("llama", {"tied": True}, {"head": "gated", "confidence": "hidden", "layer_ids": (-1, 2)}, "int8"),
+        ("llama", {"tied": True}, {"head": "gated", "confidence": "hidden", "layer_ids": (-1, 1)}, "int8"),
         ("qwen3", {}, {"head": "rnn", "draft_vocab": 40}, "fp32"),
         ("qwen3", {"bias": True}, {"rank": 0, "confidence": None}, "int8"),
+        ("qwen3", {}, {"rank": 0, "confidence": None, "sample_from_anchor": False}, "int8"),
     ],
 )
 def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draft_options, dtype):
@@ -58,6 +59,7 @@ def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draf
     assert manifest["target"]["eos_token_ids"] == [62, 63] and manifest["target"]["bos_token_id"] == 0
     assert manifest["draft"]["vocab_size"] == draft_options.get("draft_vocab", 64)
     assert manifest["draft"]["has_confidence"] == (draft_options.get("confidence", "markov") is not None)
+    assert manifest["draft"].get("sample_from_anchor", True) == draft_options.get("sample_from_anchor", True)
     assert list(manifest["engines"]) == ENGINES
     for entry in manifest["engines"].values():
         path = out / entry["path"]
@@ -137,6 +139,7 @@ BAD = {
     "another vocabulary": (lambda t, d: edit(d, vocab_size=80), "vocab_size is 80, the target's is 64"),
     "another depth": (lambda t, d: edit(d, num_target_layers=9), "num_target_layers is 9, the target's is 3"),
     "layer ids": (lambda t, d: edit(d, target_layer_ids=[0, 3]), "target_layer_ids"),
+    "the last layer": (lambda t, d: edit(d, target_layer_ids=[0, 2]), "[0, 2]; 2 is the target's last layer"),
     "mask id": (lambda t, d: edit(d, mask_token_id=64), "mask_token_id is 64"),
     "family": (lambda t, d: edit(t, model_type="gpt2"), "model_type is 'gpt2'"),
     "weight missing": (lambda t, d: drop_tensor(d, "fc.weight"), "fc.weight"),

@@ -53,7 +53,8 @@ def test_the_manifest_pins_what_was_compiled(made):
     assert bundle.backend == "tensorrt-rtx" and bundle.dtype == "fp16" and list(bundle.engines) == ENGINES
     settings = bundle.tensorrt
     assert settings["backend"] == "tensorrt-rtx" and settings["version"] == "1.7.1.116"
-    assert settings["limits"] == {"requests": 4, "chunk": 16, "block": 4, "vocab": 64, "cache": 128}
+    sizes = {"requests": 4, "chunk": 16, "block": 4, "vocab": 64, "cache": 128}
+    assert settings["limits"] == {**sizes, "sample_from_anchor": True, "autoregressive": False}
     assert [p["name"] for p in settings["profiles"]["target"]] == ["decode", "verify", "prefill"]
     for name, spec in bundle.engines.items():
         assert list(spec.plans) == ["8.9"] and raw["engines"][name]["plans"] == spec.plans

@@ -1,5 +1,4 @@
-"""A draft in another trainer's layout gives the same bundle; one that the compiled block cannot draft with is
-refused."""
+"""A draft in another trainer's layout gives the same bundle, whether or not its anchor's slot drafts."""
 
 import io
 import json
@@ -34,10 +33,17 @@ def test_the_bundle_is_the_same_whatever_the_layout(layout, pruned, target, tmp_
     }
 
 
-def test_a_block_whose_anchor_drafts_nothing_is_refused(target, tmp_path):
-    draft = make_draft(tmp_path / "draft", target, rank=0, confidence=None)
-    raw = json.loads((draft / "config.json").read_text())
-    (draft / "config.json").write_text(json.dumps(raw | {"sample_from_anchor": False}))
-    with pytest.raises(ValueError, match="sample_from_anchor false; the compiled block drafts from the anchor's slot."):
-        export(target, draft, tmp_path / "bundle", console=silent, parity=False)
-    assert not (tmp_path / "bundle").exists()
+@pytest.mark.parametrize("layout", ["specforge", "modelopt", "speculators"])
+def test_a_block_whose_anchor_drafts_nothing(layout, target, tmp_path):
+    """DFlash's: a slot more in the backbone, and nowhere else."""
+    draft = make_draft(tmp_path / "draft", target, rank=0, confidence=None, block_size=4, sample_from_anchor=False)
+    convert(draft, tmp_path / layout, layout)
+    export(target, tmp_path / layout, tmp_path / "bundle", console=silent)
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["draft"]["block_size"] == 4 and manifest["draft"]["sample_from_anchor"] is False
+    shapes = {
+        (name, t["name"]): t["shape"] for name, e in manifest["engines"].items() for t in e["inputs"] + e["outputs"]
+    }
+    assert shapes["backbone", "block_position_ids"] == ["R", 5] and shapes["backbone", "mask"] == ["R", 1, 5, "C"]
+    assert shapes["backbone", "hidden"][1] == shapes["markov", "draft_tokens"][1] == 4
+    assert shapes["verify", "row_index"] == ["R", 5]

@@ -13,9 +13,9 @@ from training.checkpoint import load_draft
 from training.target import TargetModel
 
 
-def models(tmp_path):
+def models(tmp_path, **options):
     folder = make_target(tmp_path / "target")
-    draft = load_draft(make_draft(tmp_path / "draft", folder, draft_vocab=40))
+    draft = load_draft(make_draft(tmp_path / "draft", folder, draft_vocab=40, **options))
     return folder, TargetModel.from_pretrained(folder, draft.config.target_layer_ids), draft
 
 
@@ -41,6 +41,26 @@ def test_a_damaged_graph_is_caught(tmp_path, engine):
     folder, target, draft = models(tmp_path)
     graphs = build_graphs(target, draft, dtype="fp32", max_context=128)
     DAMAGE[engine](next(g for g in graphs if g.name == engine))
+    for g in graphs:
+        g.save(tmp_path / "bundle" / "onnx" / g.name)
+    with pytest.raises(ValueError, match=f"^parity: {engine}, "):
+        check_parity(tmp_path / "bundle", graphs, target, draft, folder, dtype="fp32", console=Console(quiet=True))
+
+
+STEPS_DAMAGE = {  # of a draft of two layers: (engine, damage)
+    "rows": ("backbone", scale("layers.1.self_attn.q_proj.T", 1.05)),
+    "steps": ("markov", scale("layers.1.self_attn.o_proj.T", 1.05)),
+    "map": ("markov", roll("draft_to_target")),
+    "entrance": ("markov", scale("layers.0.hidden_norm.weight", 0.9)),
+}
+
+
+@pytest.mark.parametrize("what", STEPS_DAMAGE)
+def test_a_damaged_graph_of_an_autoregressive_draft_is_caught(tmp_path, what):
+    folder, target, draft = models(tmp_path, kind="eagle3", layers=2)
+    graphs = build_graphs(target, draft, dtype="fp32", max_context=128)
+    engine, damage = STEPS_DAMAGE[what]
+    damage(next(g for g in graphs if g.name == engine))
     for g in graphs:
         g.save(tmp_path / "bundle" / "onnx" / g.name)
     with pytest.raises(ValueError, match=f"^parity: {engine}, "):

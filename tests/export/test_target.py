@@ -10,7 +10,7 @@ from export.lower_onnxruntime import lower
 from export.quantize import quantize
 from export.runner import MASKED, Runner
 from export.target import build_target
-from tests.tiny import make_target
+from tests.tiny import GEMMA4, make_target
 from training.target import PackedBatch, TargetModel
 
 C = 48
@@ -42,6 +42,10 @@ def run(runner: Runner, batch: PackedBatch, logit_rows: np.ndarray | None = None
         ("llama", {"kv_heads": 1}, (2,)),
         ("qwen3", {}, (-1, 0, 1, 2)),
         ("qwen3", {"tied": True, "bias": True}, (1,)),
+        ("gemma4-12b", {}, (-1, 0, 1, 2)),
+        ("gemma4-12b", {"kv_heads": 4, "layers": 6}, (4,)),
+        ("gemma4-e", {}, (-1, 0, 1, 2)),
+        ("gemma4-e", {"kv_heads": 1, "layers": 6}, (4,)),
     ],
 )
 def test_two_ragged_steps_equal_pytorch(tmp_path, family, options, layer_ids):
@@ -49,12 +53,13 @@ def test_two_ragged_steps_equal_pytorch(tmp_path, family, options, layer_ids):
     runner = Runner(tmp_path / "graph", graph_of(model, tmp_path / "graph"), 3, C)
     caches, done = model.new_caches(3, C), [0, 0, 0]
     rng = np.random.default_rng(0)
-    for counts in ((9, 4, 13), (2, 11, 1)):
+    for counts in ((9, 4, 13), (2, 11, 1)):  # past the sliding window of tests/tiny.py
         batch = PackedBatch.build([rng.integers(0, 64, n).tolist() for n in counts], done, C)
         want = model(batch, torch.arange(batch.token_ids.numel()), caches)
         got = run(runner, batch)
-        np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=2e-5)
-        np.testing.assert_allclose(got["features"], want.features.numpy(), atol=2e-5)
+        atol = 5e-5 if family in GEMMA4 else 2e-5  # scores are not divided: they round more coarsely
+        np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=atol)
+        np.testing.assert_allclose(got["features"], want.features.numpy(), atol=atol)
         done = [a + b for a, b in zip(done, counts)]
 
 
@@ -119,10 +124,12 @@ def test_grouped_and_separate_slots_agree(tmp_path, kv_heads, qk_norm):
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_logits_do_not_depend_on_the_pass(tmp_path, int8, kv_heads):
+@pytest.mark.parametrize(
+    "family, kv_heads", [("llama", 1), ("llama", 2), ("llama", 4), ("gemma4-12b", 2), ("gemma4-e", 1), ("gemma4-e", 4)]
+)
+def test_logits_do_not_depend_on_the_pass(tmp_path, int8, family, kv_heads):
     """Bit for bit the same: in a batch, alone, token by token, in blocks of 7, in a larger cache."""
-    model = TargetModel.from_pretrained(make_target(tmp_path / "target", vocab=256, kv_heads=kv_heads), (1,))
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, vocab=256, kv_heads=kv_heads), (1,))
     graph = graph_of(model, tmp_path / "graph", int8=int8)
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, 256, n).tolist() for n in (20, 13, 31)]
@@ -138,13 +145,14 @@ def test_logits_do_not_depend_on_the_pass(tmp_path, int8, kv_heads):
             np.testing.assert_array_equal(chunks(sequence, size, cache), rows)
 
 
-def test_static_cache_form_slices_to_the_mask(tmp_path):
-    """TensorRT's form: caches of a fixed length, C from the mask; the same logits."""
-    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+@pytest.mark.parametrize("family, caches", [("llama", 6), ("gemma4-12b", 6), ("gemma4-e", 4)])
+def test_static_cache_form_slices_to_the_mask(tmp_path, family, caches):
+    """TensorRT's form: caches of a fixed length, C from the mask; the same logits. A layer that shares has no caches."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family), (0,))
     graph_of(model, tmp_path / "dynamic")
     static = build_target(model, 256, static_cache=128)
     static.save(tmp_path / "static")
-    assert [s.shape[2] for s in static.inputs if s.name.startswith("past_key_values.")] == [128] * 6
+    assert [s.shape[2] for s in static.inputs if s.name.startswith("past_key_values.")] == [128] * caches
     batch = PackedBatch.build([[1, 2, 3, 4], [9, 8]], [0, 0], C)
     a = run(Runner(tmp_path / "dynamic", build_target(model, 256), 2, C), batch)
     b = run(Runner(tmp_path / "static", static, 2, 128), batch)

@@ -121,7 +121,7 @@ def graphs(folder: Path, *, draft_vocab: int | None = None, bigrams: ndarray | N
     zero)."""
     target = make_target(folder / "target", vocab=V, layers=2, eos=EOS)
     model = DraftModel(DraftConfig(
-        decoder=decoder_config("llama", V, 1), block_size=G, mask_token_id=V - 2, target_layer_ids=(0, 1),
+        decoder=decoder_config("llama", V, 1), block_size=G, mask_token_id=V - 2, target_layer_ids=(-1, 0),
         num_target_layers=2,
         markov_rank=V, markov_head_type="vanilla", enable_confidence_head=True, confidence_head_with_markov=True,
         draft_vocab_size=draft_vocab,

@@ -53,9 +53,13 @@ def test_greedy_output_is_the_targets(tiny, greedy_alone, schedule, batch):
         dict(head="gated"),
         dict(head="rnn", confidence="hidden"),
         dict(rank=0, confidence=None),
-        dict(layer_ids=(-1, 2), layers=2),
+        dict(layer_ids=(-1, 1), layers=2),
+        dict(rank=0, confidence=None, sample_from_anchor=False),
+        dict(sample_from_anchor=False, layers=2),
+        dict(kind="eagle3", draft_vocab=40),
+        dict(kind="mtp", layers=2),
     ],
-    ids=["gated", "rnn", "dflash", "embedding-output"],
+    ids=["gated", "rnn", "dflash", "embedding-output", "dflash-anchor-idle", "vanilla-anchor-idle", "eagle3", "mtp"],
 )
 def test_greedy_output_is_the_targets_with_every_head(tmp_path, draft):
     loaded = engines.load(tiny_bundle(tmp_path, family="qwen3", **draft), threads=1)

@@ -113,7 +113,7 @@ def test_a_gpu_it_does_not_know(tmp_path, api):
 
 def test_attention_without_a_kernel_is_decomposed_and_named(tmp_path, api):
     """head_dim 8 has no fused kernel."""
-    graph = tiny_graphs(tmp_path, "fp16", head_dim=8, depth=1, layer_ids=(0,))["backbone"]
+    graph = tiny_graphs(tmp_path, "fp16", head_dim=8, depth=1, layer_ids=(-1,))["backbone"]
     plan = compile_graph(api, job(tmp_path, graph))
     assert len(plan.attentions) == 1 and plan.unfused == plan.attentions and plan.size
 

@@ -11,6 +11,7 @@ from decoding.request import Request, SamplingParams
 from decoding.schedule import Fixed, NoDraft, Threshold
 from engines.profile import measure
 from tests.decoding.drive import drive, prompts, requests, tokens
+from tests.bundles import tiny_bundle
 from tests.engines.trt.double.machine import double_bundle, machine
 
 TEXTS = prompts(10)
@@ -32,6 +33,37 @@ def test_the_same_tokens_as_onnxruntime(opened, gpu, plain, kind):
     assert tokens(got) == want and not [o for each in got.values() for o in each if o.error]
     assert set(gpu.downloaded) <= MAY_LEAVE, "logits, features and distributions stay on the GPU"
     assert gpu.downloaded["next_tokens"] > 0
+
+
+@pytest.mark.parametrize("schedule", [Fixed, NoDraft])
+def test_a_block_whose_anchor_drafts_nothing(tmp_path, schedule):
+    plain = engines.load(tiny_bundle(tmp_path, rank=0, confidence=None, sample_from_anchor=False), threads=1)
+    want = tokens(drive(Loop(plain, Fixed(), max_requests=4), requests(TEXTS)))
+    double_bundle(tmp_path, tmp_path / "double")
+    with machine():
+        runner = engines.load(tmp_path / "double")
+        assert tokens(drive(Loop(runner, schedule(), max_requests=4), requests(TEXTS))) == want
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(kind="eagle3"), dict(kind="mtp", layers=2), dict(kind="mtp", block_size=1)],
+    ids=["eagle3", "mtp", "one"],
+)
+@pytest.mark.parametrize("kind", ["greedy", "drawn"])
+def test_a_draft_by_steps(tmp_path, options, kind):
+    """Its steps read the caches that its rows wrote; small plans take context in pieces."""
+    plain = engines.load(tiny_bundle(tmp_path, **options), threads=1)
+    todo = requests([*TEXTS[:6], *prompts(1, low=100, high=101)], **KINDS[kind])
+    want = drive(Loop(plain, Fixed(), max_requests=3), todo)
+    double_bundle(tmp_path, tmp_path / "double", requests=3, chunk=16)
+    with machine() as gpu:
+        runner = engines.load(tmp_path / "double")
+        loop = Loop(runner, Fixed(), max_requests=3)
+        assert tokens(drive(loop, todo)) == tokens(want) and loop.metrics.accepted_tokens > 0
+        assert set(gpu.downloaded) <= MAY_LEAVE
+        runner.close()
 
 
 @pytest.mark.parametrize("budget, max_requests", [(1, 2), (7, 3), (40, 10)])

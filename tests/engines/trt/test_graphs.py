@@ -9,6 +9,7 @@ from engines.trt.api import load_api
 from engines.trt.build import compile_graph
 from engines.trt.profiles import limits_for, profiles_of
 from tests.engines.trt.graphs import BLOCK, PROFILES, graphs_of, job, tiny_graphs
+from tests.tiny import make_draft, make_target
 from training.decoder_config import DecoderConfig, RopeConfig
 from training.shapes import write_random
 
@@ -49,11 +50,45 @@ def test_the_five_graphs_compile_with_fused_attention(tmp_path, api, family):
         check(api, tmp_path, graph, "8.9")
 
 
+def test_gemma4_compiles_with_a_window_in_the_graph(tmp_path, api):
+    """Sliding and full layers (heads of 16 and 32), values that are keys; the draft has full layers. Those have one
+    key-value head here, for which the builder found no fused kernel: it decomposes them, and the export warns."""
+    graphs = tiny_graphs(tmp_path, "fp16", family="gemma4-12b")
+    for name, attentions in (("target", 2), ("backbone", 1)):
+        plan = compile_graph(api, job(tmp_path, graphs[name]))
+        assert len(plan.attentions) == attentions and len(plan.unfused) <= 1 and plan.size > 100_000
+
+
+def test_gemma4s_shared_keys_and_layer_inputs_compile(tmp_path, api):
+    graph = tiny_graphs(tmp_path, "bf16", family="gemma4-e", depth=3)["target"]
+    plan = compile_graph(api, job(tmp_path, graph))
+    assert len(plan.attentions) == 3 and plan.unfused == ()
+    assert sum(s.name.startswith("past_key_values.") for s in graph.inputs) == 4
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_the_other_heads_compile(tmp_path, api, head):
     graphs = tiny_graphs(tmp_path, "fp16", block_size=BLOCK, **HEADS[head])
     for name in ("markov", "confidence", "verify"):
         check(api, tmp_path, graphs[name], "8.9")
+
+
+@pytest.mark.parametrize("dtype, options", [("fp16", dict(kind="eagle3")), ("bf16", dict(kind="mtp", layers=2))])
+def test_a_draft_by_steps_compiles(tmp_path, api, dtype, options):
+    """The rows' attention fused; the steps' is products and a softmax, over caches that are only read."""
+    limits = limits_for(requests=4, chunk=16, block=BLOCK, vocab=64, max_context=128, autoregressive=True)
+    target = make_target(tmp_path / "checkpoint", head_dim=16)
+    graphs = graphs_of(target, make_draft(tmp_path / "draft", target, **options), tmp_path, dtype, limits)
+    for name, attentions in (("backbone", options.get("layers", 1)), ("markov", 0)):
+        plan = compile_graph(api, job(tmp_path, graphs[name], profiles=profiles_of(limits)[name]))
+        assert len(plan.attentions) == attentions and plan.unfused == () and plan.size > 100_000
+
+
+def test_a_block_whose_anchor_drafts_nothing_compiles(tmp_path, api):
+    graph = tiny_graphs(tmp_path, "fp16", rank=0, confidence=None, sample_from_anchor=False)["backbone"]
+    limits = limits_for(requests=4, chunk=16, block=BLOCK, vocab=64, max_context=128, sample_from_anchor=False)
+    plan = compile_graph(api, job(tmp_path, graph, profiles=profiles_of(limits)["backbone"]))
+    assert len(plan.attentions) == 1 and plan.unfused == ()
 
 
 @pytest.mark.parametrize("dtype, capability", [("bf16", "12.0")])

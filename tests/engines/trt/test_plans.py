@@ -28,7 +28,7 @@ def compiler():
 def built(tmp_path_factory, compiler):
     """(graph file, folder with plans/ and a manifest): the confidence engine, which compiles in a blink."""
     folder = tmp_path_factory.mktemp("plans")
-    file = graph_file(folder / "graphs", tiny_graphs(folder / "graphs", "fp16", depth=1, layer_ids=(0,))["confidence"])
+    file = graph_file(folder / "graphs", tiny_graphs(folder / "graphs", "fp16", depth=1, layer_ids=(-1,))["confidence"])
     result = compiler.compile(file, "8.9", folder, folder / "nowhere")
     manifest = {"engines": {"confidence": {"plans": {"8.9": result.entry}}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))

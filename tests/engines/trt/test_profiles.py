@@ -18,8 +18,11 @@ SYMBOLS = {
 @pytest.mark.parametrize("requests", [1, 2, 64, 4096])
 @pytest.mark.parametrize("chunk", [1, 512])
 @pytest.mark.parametrize("block, vocab", [(1, 40), (7, 151_936)])
-def test_every_range_is_in_order_and_every_symbol_has_one(requests, chunk, block, vocab):
-    limits = limits_for(requests=requests, chunk=chunk, block=block, vocab=vocab, max_context=2048)
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_every_range_is_in_order_and_every_symbol_has_one(requests, chunk, block, vocab, from_anchor):
+    limits = limits_for(
+        requests=requests, chunk=chunk, block=block, vocab=vocab, max_context=2048, sample_from_anchor=from_anchor
+    )
     for engine, profiles in profiles_of(limits).items():
         assert len({p.name for p in profiles}) == len(profiles)
         for p in profiles:
@@ -36,6 +39,22 @@ def test_the_target_fits_every_round():
     assert prefill["N"][2] == 32 + 40 and prefill["Q"][2] == 32 and prefill["M"][0] == 0  # a chunk may want no logits
     assert limits.cache >= 128 + 32 + 4 and limits.cache % 64 == 0  # padded slots behind the last position
     assert {p["C"][2] for p in (decode, verify, prefill)} == {limits.cache}
+
+
+@pytest.mark.parametrize("from_anchor, slots", [(True, 4), (False, 5)])
+def test_the_draft_fits_every_round(from_anchor, slots):
+    """A round hands over at most G + 1 rows, a prompt's pass a chunk; then the block's slots, beyond max_context too."""
+    limits = limits_for(requests=8, chunk=32, block=4, vocab=64, max_context=127, sample_from_anchor=from_anchor)
+    decode, prefill = (p.sizes for p in profiles_of(limits)["backbone"])
+    assert decode["Q"][2] == 5 + slots and prefill["Q"][2] == 32 + slots
+    assert limits.cache >= 127 + 32 + slots
+
+
+def test_a_draft_by_steps_has_no_block_in_its_cache():
+    limits = limits_for(requests=8, chunk=32, block=4, vocab=64, max_context=127, autoregressive=True)
+    profiles = profiles_of(limits)
+    decode, prefill = (p.sizes for p in profiles["backbone"])
+    assert decode["Q"][2] == 5 and prefill["Q"][2] == 32 and profiles["markov"][0].sizes["C"][2] == limits.cache
 
 
 def test_wide_rows_are_bounded_by_memory_and_top_by_tensorrt():

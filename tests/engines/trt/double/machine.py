@@ -15,9 +15,9 @@ import pytest
 from engines.trt.api import MODULES, Api
 from engines.trt.plans import Compiler, plan_path
 from engines.trt.profiles import limits_for, profiles_of
-from export.backbone import build_backbone
+from export.__main__ import draft_graphs
 from export.bundle import draft_entry, engine_entry, load_models, target_entry, write_manifest
-from export.heads import build_confidence, build_markov
+from export.heads import build_confidence
 from export.precision import HALF, to_half
 from export.target import build_target
 from export.verify import build_verify
@@ -35,11 +35,13 @@ def double_bundle(
     half-precision pass), with plans for the double."""
     target, draft, S = load_models(folder / "target", folder / "draft", None)
     G, V = draft.config.block_size, target.config.vocab_size
-    limits = limits_for(requests=requests, chunk=chunk, block=G, vocab=V, max_context=S)
+    limits = limits_for(
+        requests=requests, chunk=chunk, block=G, vocab=V, max_context=S,
+        sample_from_anchor=draft.config.sample_from_anchor, autoregressive=draft.config.kind != "parallel",
+    )  # fmt: skip
     graphs = [
         build_target(target, S, static_cache=limits.cache),
-        build_backbone(draft, S, static_cache=limits.cache),
-        build_markov(draft),
+        *draft_graphs(draft, S, static_cache=limits.cache),
         build_confidence(draft),
         build_verify(G, V, draft.draft_to_target().numpy()),
     ]

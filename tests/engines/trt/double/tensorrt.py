@@ -65,7 +65,7 @@ class Engine(Living):
         self.inputs = {t[0]: Tensor(*t) for t in plan["inputs"]}
         self.outputs = {t[0]: Tensor(*t) for t in plan["outputs"]}
         self.values = set(self.profiles[0]["values"])
-        self.aliases = {n.replace("past_key_values.", "present."): n for n in self.inputs if n.startswith("past_")}
+        self.aliases = {n: past for n in self.outputs if (past := n.replace("present.", "past_key_values.")) != n}
 
     @property
     def num_io_tensors(self):
