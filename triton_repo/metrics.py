@@ -92,9 +92,11 @@ class Metrics:
             self._samples.append(("dspark_ttft_seconds", seconds))
 
     def next_tokens(self, seconds: float, count: int) -> None:
-        """`count` tokens of a request, `seconds` after those before them: one sample, the mean gap."""
+        """A response with `count` tokens of a request, the newest `seconds` after that of the response before: one
+        sample, the mean gap."""
         with self._lock:
             self._samples.append(("dspark_itl_seconds", seconds / count))
+        self._news.set()  # a request's last response comes after its last step
 
     def ended(self, reason: str) -> None:
         with self._lock:

@@ -36,7 +36,8 @@ class _Tally:
     rounds: int = 0
     drafted: int = 0
     heard: float = field(default_factory=time.monotonic)
-    last_token: float | None = None
+    newest: float | None = None  # when its newest token was decoded, perf_counter seconds
+    told: float | None = None  # and the newest of those that are out
     begun: bool = False  # its first tokens are out
     held: list[int] = field(default_factory=list)  # tokens that wait for postprocessing to catch up, or for their time
     held_log_probs: list[float] = field(default_factory=list)
@@ -142,11 +143,9 @@ class Sender:
         tally.held_reason = output.finish_reason or ""
         self._observe("tokens", output.stats, count)
         if count:
-            if tally.last_token is None:
+            if tally.newest is None:
                 self._observe("first_token", at - tally.submitted, tally.prompt_tokens)
-            else:
-                self._observe("next_tokens", at - tally.last_token, count)
-            tally.last_token = at
+            tally.newest = at
         if output.finish_reason:
             self._observe("ended", output.finish_reason)
 
@@ -190,7 +189,10 @@ class Sender:
             settings=tally.settings if tally.index == 0 else "",
         )
         tally.heard = time.monotonic()
-        tally.begun |= bool(tally.held)
+        if tally.held:
+            if tally.begun:  # of a response, not of a round: each sample is a message to the server and back
+                self._observe("next_tokens", tally.newest - tally.told, len(tally.held))
+            tally.begun, tally.told = True, tally.newest
         tally.held, tally.held_log_probs, tally.held_reason = [], [], None
         tally.index += 1
         self._guard(tally.sink.send, response, final=bool(finish_reason))
