@@ -35,7 +35,7 @@ NEEDS := $(if $(filter $(MODEL),$(TARGET)),model,$(STAMP))
 ON = $(if $(filter-out cpu,$(DEVICE)),--device $(DEVICE))
 BUNDLE_ARGS = --target $(TARGET) --draft $(DRAFT) --bundle $(BUNDLE) --dtype $(DTYPE)
 
-.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance eval heads equality peers clean
+.PHONY: help venv model demo test export serve data train profile calibrate bench scheduling acceptance eval finetune heads equality peers clean
 
 help: ## list the targets and the variables
 	@echo "Targets (make TARGET [VARIABLE=value ...]):"
@@ -125,6 +125,10 @@ eval: $(NEEDS) ## acceptance by position, proposal length and threshold of PROMP
 
 heads: $(NEEDS) ## DSpark, DFlash, Eagle3 and MTP trained on DATA's tokens and compared: build/heads-compared/report.md (hours; resumes)
 	@$(PY) -m benchmarks.heads --target $(TARGET) --data $(DATA) $(or $(ARGS),--draft dspark --draft dflash --draft eagle3 --draft mtp)
+
+finetune: $(NEEDS) ## DRAFT trained further on PROMPTS; acceptance before and after: build/finetune/report.md (half an hour; resumes)
+	@test -n "$(PROMPTS)" || { echo "name your prompts: make finetune PROMPTS=my.jsonl"; exit 1; }
+	@$(PY) -m benchmarks.finetune $(BUNDLE_ARGS) --prompts $(PROMPTS) $(ARGS)
 
 equality: $(NEEDS) ## greedy output with and without the draft, over 200 prompts in batches of 1, 3 and 8
 	@$(PY) -m benchmarks.equality $(BUNDLE_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS)) $(ARGS)

@@ -2,11 +2,12 @@
 
 Knows: which runs are compared and in which order. Refuses to know: how a request is decoded or sent.
 
-A group is one kind of prompt at one number of users. In process every mode has engines and a loop of its own, which take
-short turns (a twelfth of a window): a slow second of the machine hits all modes alike. Over gRPC, where a server cannot be
-stopped between two turns, the modes' windows follow each other, in an order that rotates with every repeat, next to the
-window of the loops in process. Each mode is warmed up first; that run also says how many tokens make `--seconds`, the
-same number for every mode.
+A group is one kind of prompt at one number of users. In process every mode has engines and a loop of its own, which
+take short turns (a sixteenth of a window): a slow second of the machine hits all modes alike. Over gRPC the modes'
+windows follow each other, in an order that rotates with every repeat, next to the window of the loops in process. With
+`--turns` the server and the loop in process of one mode take turns (benchmarks/turns.py), mode after mode: the ratio of
+the two is to be read from such a run. Each mode is warmed up first; that run also says how many tokens make
+`--seconds`, the same number for every mode.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from triton_repo.runtime import ServerError
 
 from . import bundle as bundles
 from .cells import MODES, PATHS, Grid, fingerprint, make_row
-from .common import KINDS, Item, console_for_tables, encode, median, provenance, read_items, rich_table
+from .common import KINDS, console_for_tables, median, provenance, read_items, rich_table
+from .runners import InProcess, OverGrpc, Runner, at_url, in_turns
 from .steady import Plan
 
 LEVELS, GRPC_LEVELS = (1, 2, 4, 8, 16, 32), (1, 8, 16)
@@ -56,82 +58,10 @@ LEGEND = (
     "gRPC: of the server's, with the start of the load)."
 )
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Runner = Callable[[Sequence[str], str, Plan], list[dict]]  # (modes, kind, plan) -> what their windows measured
 
 
 def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def in_process(
-    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, stack: ExitStack,
-    device: str | None = None,
-) -> Runner:  # fmt: skip
-    """Engines in this process, of every mode its own. A mode keeps its scheduler through a group, as a server does."""
-    import engines
-
-    from decoding.schedule import for_engines
-
-    from .inprocess import Lane, together
-
-    opened = {mode: engines.load(bundle, device=device) for mode in modes}
-    for own in opened.values():
-        stack.callback(own.close)
-    prompts = {kind: encode(bundle, chosen) for kind, chosen in items.items()}
-    schedulers: dict[tuple, object] = {}
-
-    def runner(modes: Sequence[str], kind: str, plan: Plan) -> list[dict]:
-        lanes = []
-        for mode in modes:
-            group = (mode, kind, plan.concurrency)
-            if group not in schedulers:
-                schedulers[group] = for_engines(opened[mode], mode, threshold)
-            lanes.append(Lane(opened[mode], schedulers[group], prompts[kind], plan))
-        return together(lanes)
-
-    return runner
-
-
-def over_grpc(
-    bundle: Path, items: dict[str, list[Item]], modes: Sequence[str], threshold: float, slots: int, stack: ExitStack,
-    device: str | None = None,
-) -> Runner:  # fmt: skip
-    """A Triton server for each mode that drafts, idle while it is not asked; `none` is speculative = false at one."""
-    from triton_repo.placement import Placement
-    from triton_repo.repository import Settings
-    from triton_repo.runtime import Ports
-    from triton_repo.server import TritonServer
-
-    from .remote import host_share, phases, settle, steady
-
-    servers: dict[str, TritonServer] = {}
-    for mode in [m for m in modes if m != "none"] or ["none"]:
-        settings = Settings(schedule=mode, threshold=threshold, max_requests=slots)
-        where = dict(placement=Placement.of(device or "cpu"), ports=Ports(0, 0, 0))
-        server = TritonServer(bundle, settings=settings, **where, say=lambda sentence: None)
-        servers[mode] = stack.enter_context(server)
-    servers.setdefault("none", next(iter(servers.values())))
-
-    def window(mode: str, kind: str, plan: Plan) -> dict:
-        server = servers[mode]
-        before = phases(server.metrics_url)
-        done = steady(server.grpc_url, items[kind], plan, speculative=mode != "none")
-        settle(server.grpc_url)
-        return done | {"host_share": host_share(before, phases(server.metrics_url, before))}
-
-    return lambda modes, kind, plan: [window(mode, kind, plan) for mode in modes]
-
-
-def at_url(url: str, items: dict[str, list[Item]]) -> Runner:
-    """Any running server: `none` asks it not to draft, the other mode is whatever it was started with."""
-    from .remote import settle, steady
-
-    def window(mode: str, kind: str, plan: Plan) -> dict:
-        done = steady(url, items[kind], plan, speculative=mode != "none")
-        settle(url)
-        return done
-
-    return lambda modes, kind, plan: [window(mode, kind, plan) for mode in modes]
 
 
 def measure(
@@ -143,8 +73,10 @@ def measure(
     prompts: int,
     repeats: int,
     seconds: float,
+    pair: Callable[[str, str, Plan], dict[str, dict]] | None = None,
 ) -> list[dict]:
-    """The rows of one group. runners: by path; plan.tokens is ignored; repeat r starts at another of the `prompts`."""
+    """The rows of one group. runners: by path; plan.tokens is ignored; repeat r starts at another of the `prompts`.
+    pair: takes the windows of both paths (runners.in_turns), where there are two."""
     found: dict[tuple, list[dict]] = {(mode, path): [] for mode in modes for path in runners}
     warm = change(plan, tokens=WARM_TOKENS * plan.concurrency + 24)
     rates = [window["total_tok_s"] for runner in runners.values() for window in runner(modes, kind, warm)]
@@ -153,7 +85,10 @@ def measure(
     for r in range(repeats):
         turn = [*modes[r % len(modes) :], *modes[: r % len(modes)]]
         chosen = change(plan, tokens=tokens, first=plan.first + r * prompts // repeats, seed=plan.seed + 1000 * r)
-        for path in list(runners)[:: -1 if r % 2 else 1]:
+        for mode in turn if pair else ():
+            for path, window in pair(mode, kind, chosen).items():
+                found[mode, path].append(window)
+        for path in list(runners)[:: -1 if r % 2 else 1] if not pair else ():
             for mode, window in zip(turn, runners[path](turn, kind, chosen)):
                 found[mode, path].append(window)
     cell = {"kind": kind, "concurrency": plan.concurrency, "temperature": plan.temperature}
@@ -226,6 +161,7 @@ def main(
     url: Annotated[str | None, typer.Option(help="host:port of a running server (gRPC); no bundle is opened")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="1 and 8 users, two kinds, short windows")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the bundle's own")] = None,
+    turns: Annotated[bool, typer.Option("--turns", help="a mode's two paths in turns, for their ratio")] = False,
     out: Path = Path("build/bench.json"),
 ) -> None:
     """Measures the chosen cells and puts them into `out` (what is not per cell: the .meta.json beside it)."""
@@ -239,6 +175,8 @@ def main(
         wanted = ["grpc"] if url else paths.split(",")
         if not set(wanted) <= set(PATHS):
             raise ValueError(f"paths is {paths}; it must be in_process, grpc or both.")
+        if turns and (url or set(wanted) != set(PATHS)):
+            raise ValueError("turns is for both paths, in_process,grpc, of servers that this command starts (no --url).")
         if repeats < 1 or (seconds is not None and seconds <= 0):
             raise ValueError(f"repeats is {repeats} and seconds is {seconds}; they must be at least 1, and above 0.")
         items = {kind: read_items(file) for kind, file in files.items()}
@@ -261,18 +199,20 @@ def main(
             runners: dict[str, Runner] = {}
             with console.status("opening the engines"):
                 if "in_process" in wanted:
-                    runners["in_process"] = in_process(bundle, items, names, threshold, stack, device)
+                    runners["in_process"] = InProcess(bundle, items, names, threshold, stack, device)
                 served = [level for level in levels if "grpc" in wanted and level in grpc_levels]
                 if served and url:
                     runners["grpc"] = at_url(url, items)
                 elif served:
-                    runners["grpc"] = over_grpc(bundle, items, names, threshold, max(served), stack, device)
+                    runners["grpc"] = OverGrpc(bundle, items, names, threshold, max(served), stack, device)
             for level in levels:
                 here = {path: runners[path] for path in runners if path == "in_process" or level in served}
+                pair = in_turns(here["in_process"], here["grpc"]) if turns and len(here) == 2 else None
+                options = dict(repeats=repeats, seconds=seconds, pair=pair)
                 for kind in files if here else ():
                     plan = Plan(level, 0, max_tokens, temperature=temperature, seed=seed)
                     with console.status(f"{kind}, {level} user{'s' * (level > 1)}"):
-                        rows = measure(here, names, kind, plan, prompts=len(items[kind]), repeats=repeats, seconds=seconds)
+                        rows = measure(here, names, kind, plan, prompts=len(items[kind]), **options)
                     console.print(rich_table(f"{kind}, {level} user{'s' * (level > 1)}", COLUMNS[2:], grid.put(rows)))
     except (BundleError, ClientError, ServerError, RequestError) as error:
         bundles.fail(str(error))

@@ -34,13 +34,18 @@ class Lane:
     def over(self) -> bool:
         return self.window.closed is not None
 
-    def turn(self, tokens: int | None = None) -> None:
-        """Steps until the window is open (tokens None), or until `tokens` more have come in it, or to its end."""
+    def turn(self, tokens: int | None = None, *, seconds: float | None = None) -> None:
+        """Steps until the window is open (nothing given), until `tokens` more have come in it, or for `seconds`; never
+        past its end."""
+        if seconds is not None:
+            tokens = self.plan.tokens
         self._rested += time.perf_counter() - self._stopped
         goal = None if tokens is None else self.window.tokens + tokens
         started, had = time.perf_counter(), self.window.tokens
         while not self.over and (self.window.opened is None if goal is None else self.window.tokens < goal):
             self._step()
+            if seconds is not None and time.perf_counter() - started >= seconds:
+                break
         self._stopped = time.perf_counter()
         if tokens is not None:
             self.rates.append((self.window.tokens - had) / (self._stopped - started))

@@ -26,7 +26,8 @@ import typer
 from engines.base import additive_mask
 from engines.bundle import Bundle, BundleError
 from engines.onnxruntime import physical_cores, session_options
-from engines.pack import pack_backbone, pack_target
+from engines.pack import pack_draft, pack_target
+from engines.specs import masks_of
 
 CASES = ("1x1@128", "1x7@128", "16x1@128", "16x4@128")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -53,10 +54,12 @@ def feeds(bundle: Bundle, engine: str, R: int, Q: int, context: int) -> tuple[di
         capacity = -(-(context + Q + G) // 64) * 64
         width = len(bundle.draft.layer_ids) * bundle.target.hidden_size
         features = [[rng.standard_normal((Q, width), dtype=np.float32)] for _ in range(R)]
-        batch = pack_backbone(
-            features, np.full(R, Q, np.int64), lengths, np.zeros(R, np.int64), G, capacity, bundle.max_context
-        )
-    return {**batch.__dict__, "mask": additive_mask(batch.mask, "float32")}, capacity
+        following, zeros = rng.integers(0, bundle.target.vocab_size, (R, Q)).tolist(), np.zeros(R, np.int64)
+        counts = np.full(R, Q, np.int64)
+        batch = pack_draft(bundle.draft, features, following, counts, lengths, zeros, capacity, bundle.max_context)
+    masks = masks_of(bundle.engines[engine]).items()
+    masks = {name: additive_mask(getattr(batch, name), dtype) for name, dtype in masks}
+    return {**batch.__dict__, **masks}, capacity
 
 
 def bind(session: ort.InferenceSession, values: dict[str, np.ndarray], rows: int, capacity: int) -> ort.IOBinding:

@@ -85,7 +85,7 @@ def steady(url: str, items: Sequence[Item], plan: Plan, *, speculative: bool = T
     def user(client: Client) -> None:
         try:
             while window.closed is None and not failures:
-                _answer(client, items, window, plan, speculative)
+                answer(client, items, window, plan, speculative)
         except ClientError as error:
             failures.append(error)
 
@@ -115,14 +115,21 @@ def even_rate(requests: Sequence[Sequence[tuple[float, int]]], opened: float, cl
     return tokens / (closed - opened)
 
 
-def _answer(client: Client, items: Sequence[Item], window: Window, plan: Plan, speculative: bool) -> None:
+def answer(
+    client: Client,
+    items: Sequence[Item],
+    window: Window,
+    plan: Plan,
+    speculative: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """One request to its end, or until the window has closed."""
-    i = window.submit(time.perf_counter())
+    i = window.submit(clock())
     sampling = {"temperature": plan.temperature, "seed": plan.seed + i, "ignore_eos": plan.ignore_eos}
     messages, totals = list(items[plan.prompt(i, len(items))].messages), (0, 0, 0)
     with client.stream(messages, max_tokens=plan.length(i), speculative=speculative, **sampling) as chunks:
         for chunk in chunks:
-            inside = window.heard(i, time.perf_counter(), len(chunk.output_ids))
+            inside = window.heard(i, clock(), len(chunk.output_ids))
             now = (chunk.num_rounds, chunk.total_draft_tokens, chunk.total_accepted_draft_tokens)
             if inside:
                 window.rounds(*(b - a for a, b in zip(totals, now)))

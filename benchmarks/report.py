@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import acceptance, bench, cells, demo, equality, findings, simulate
+from . import acceptance, bench, cells, demo, equality, findings, simulate, training
 from .common import markdown_table
 
 SHOWN_ANSWERS = 1  # streamed answers that the README shows
@@ -216,6 +216,7 @@ SECTIONS = {  # page: {section: (result files in build/, files -> section; "" le
         "accept": ("acceptance*.json", from_all(accept_section)),
         "peers": ("peers.json", peers_section),
         "equality": ("equality.json", from_json(equality_section)),
+        "training": ("training.json", from_json(with_origin(training.said))),
     },
     "docs/simulation.md": {
         "simulation": ("simulation.json", from_json(simulation_section)),

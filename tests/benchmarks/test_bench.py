@@ -109,6 +109,17 @@ def test_the_command_on_both_paths(bundle_of_tiny, tmp_path, monkeypatch, argume
     assert len(later) == 5 and later[:4] == rows, "another mode and temperature: cells of their own"
 
 
+def test_both_paths_in_turns(bundle_of_tiny, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    bench.main(bundle=bundle_of_tiny, **options(tmp_path, modes="none", turns=True))
+    rows, _ = read(tmp_path / "bench.json")
+    assert [r["path"] for r in rows] == list(PATHS) and all(len(r["repeats"]) == 2 for r in rows)
+    direct, served = rows
+    each = [a / b for a, b in zip(served["repeats"], direct["repeats"])]
+    assert served["grpc_ratio"] == pytest.approx(sum(each) / 2, rel=1e-3), "of the windows that were taken side by side"
+    assert served["host_share"] is None and direct["host_share"] > 0
+
+
 @pytest.fixture
 def bundle_of_tiny(bundle, monkeypatch):
     """The tiny bundle, whose checkpoints are not beside it: it counts as fitting."""
@@ -133,6 +144,7 @@ def test_any_running_server(server, tmp_path, arguments):
         ({"paths": "http"}, "paths is http"),
         ({"repeats": 0}, "repeats is 0"),
         ({"kinds": "art"}, "kinds names 'art'"),
+        ({"turns": True, "paths": "grpc"}, "turns is for both paths"),
         ({"url": "127.0.0.1:9"}, "cannot be reached"),
     ],
 )
