@@ -202,7 +202,7 @@ def test_a_new_draft_has_gemma4s_layers_and_learns(target, tmp_path, draft_vocab
     draft = new_draft(model, answers, HeadShape(depth=2, block_size=3, rank=8, draft_vocab=draft_vocab), seed=0)
     assert draft.config.decoder.gemma4 and draft.config.decoder.logit_softcap == model.config.logit_softcap
     batch = make_batches(answers, 256, 64)[0]
-    settings = TrainSettings(bf16=False)
+    settings = TrainSettings(bf16=False, steps=12)
     run = BatchPass(model, draft, TargetPass(model, draft.draft_to_target(), 1 << 20), settings)
     optimiser, totals = torch.optim.Adam([p for p in draft.parameters() if p.requires_grad], 3e-3), []
     for step in range(12):
@@ -210,8 +210,8 @@ def test_a_new_draft_has_gemma4s_layers_and_learns(target, tmp_path, draft_vocab
         optimiser.zero_grad()
         losses.total.backward()
         optimiser.step()
-        totals.append(float(losses.total))
-    assert totals[-1] < 0.8 * totals[0]
+        totals.append(losses.total.item())
+    assert totals[-1] < 0.9 * totals[0]
     tokens = torch.tensor(answers[0].tokens)
     logits = model(PackedBatch.build([tokens.tolist()], [0], len(tokens)), torch.arange(len(tokens))).logits
     p = torch.softmax(logits, -1)[:, draft.draft_to_target()]
