@@ -12,7 +12,7 @@ from training.target import TargetModel
 
 KINDS = {
     "vanilla": {},
-    "gated, layer -1": {"head": "gated", "layer_ids": (-1, 2)},
+    "gated, layer -1": {"head": "gated", "layer_ids": (-1, 1)},
     "rnn, no confidence": {"head": "rnn", "confidence": None},
     "dflash": {"rank": 0, "confidence": None},
     "trimmed": {"draft_vocab": 24},

@@ -50,6 +50,9 @@ def config_from_json(raw: dict, source: str = "config.json") -> DraftConfig:
     names = raw.get("architectures") or []
     if names and names[0] not in ARCHITECTURES.values():
         raise ValueError(f"{source}: architectures is {names}; this version reads {', '.join(ARCHITECTURES.values())}.")
+    said = ARCHITECTURES.get(raw.get("model_type"))
+    if names and said not in (None, names[0]):
+        raise ValueError(f"{source}: architectures is {names} and model_type {raw['model_type']!r}, which is {said}'s; they must agree.")
     missing = [k for k in REQUIRED if k not in raw]
     if missing:
         raise ValueError(f"{source} is no DeepSpec draft: it lacks {', '.join(missing)}.")
