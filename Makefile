@@ -46,7 +46,7 @@ help: ## list the targets and the variables
 	@echo "  TARGET=$(TARGET)   Hugging Face folder of the target model"
 	@echo "  DRAFT=$(DRAFT)    DeepSpec folder of the DSpark head"
 	@echo "  BACKEND=$(BACKEND)         of make export: onnxruntime, tensorrt, tensorrt-rtx or auto (whichever TensorRT is there)"
-	@echo "  DTYPE=$(DTYPE)                  fp32 or int8; with a TensorRT fp16, bf16 or int8 (weights)"
+	@echo "  DTYPE=$(DTYPE)                  fp32, int8 or int8-block64; with a TensorRT fp16, bf16 or int8 (weights)"
 	@echo "  DEVICE=$(DEVICE)                  of export, profile, serve and bench: cpu, cuda or cuda:N (serve: cuda:0,1 too)"
 	@echo "  BUNDLE=$(BUNDLE)"
 	@echo "  PROMPTS=                    JSONL of your own prompts ('prompt', 'messages' or 'turns' lines)"

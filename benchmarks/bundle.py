@@ -28,7 +28,7 @@ BUNDLE = Path("build/bundles/smollm2-135m-instruct-int8")
 TargetOption = Annotated[Path, typer.Option(help="Hugging Face folder of the target model")]
 DraftOption = Annotated[Path, typer.Option(help="DeepSpec folder of the draft head")]
 BundleOption = Annotated[Path, typer.Option(help="folder of the compiled bundle; made when it is missing or stale")]
-DtypeOption = Annotated[str, typer.Option(help="fp32 or int8")]
+DtypeOption = Annotated[str, typer.Option(help="fp32, int8 or int8-block64")]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -116,7 +116,7 @@ def main(
     out: Annotated[Path, typer.Option(help="a folder a draft, and the report")] = Path("build/heads-compared"),
     steps: Annotated[int, typer.Option(help="optimiser steps of each draft")] = 400,
     train: Annotated[str, typer.Option(help="further options of `training train`, for all")] = "--seed 1",
-    dtype: Annotated[str, typer.Option(help="of the bundles: fp32 or int8")] = "int8",
+    dtype: Annotated[str, typer.Option(help="of the bundles: fp32, int8 or int8-block64")] = "int8",
     record: Annotated[str, typer.Option(help="options of `python -m decoding record`")] = "--max-tokens 96 --minutes 1.5 --least 1500",
     prompts: Annotated[list[Path], typer.Option(help="prompts that no draft was trained on; again for more files")] = list(KINDS.values()),
 ) -> None:

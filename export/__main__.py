@@ -46,14 +46,14 @@ from .weight_only import weights_only
 
 AUTO = "auto"
 Backend = Enum("Backend", {name: name for name in (*DTYPES, AUTO)}, type=str)
-Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "fp16", "bf16")}, type=str)
+Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "int8-block64", "fp16", "bf16")}, type=str)
 Emulated = Enum("Emulated", {name: name for name in TENSORRT_DTYPES}, type=str)
 
 
 def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: int | None = None) -> list[Graph]:
     """The five graphs in the order of the round. target, draft: models, or sources (sources.py), whose weights are read
-    as the graphs are saved. dtype: a key of HALF for TensorRT's form (static_cache: its caches' fixed length), "fp32"
-    or "int8" for ONNX Runtime's."""
+    as the graphs are saved. dtype: a key of HALF for TensorRT's form (static_cache: its caches' fixed length), one of
+    DTYPES for ONNX Runtime's."""
     graphs = [
         build_target(target, max_context, static_cache=static_cache),
         *draft_graphs(draft, max_context, static_cache=static_cache),
@@ -66,8 +66,8 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
                 weights_only(graph)
             to_half(graph, dtype)
             continue
-        if dtype == "int8":
-            quantize(graph)
+        if dtype != "fp32":
+            quantize(graph, blocks=dtype == "int8-block64" and graph.name == "target")
         lower(graph)
     return graphs
 
@@ -161,7 +161,7 @@ def main(
     out: Path = typer.Option(..., help="The bundle to write, for example build/NAME."),
     backend: Backend = typer.Option("onnxruntime", help="auto: TensorRT where it loads, else TensorRT-RTX."),
     dtype: Dtype = typer.Option(
-        None, help="onnxruntime: fp32, or int8 (weights and activations). TensorRT: fp16, bf16, or int8 (weights)."
+        None, help="onnxruntime: fp32, int8 (weights and activations) or int8-block64. TensorRT: fp16, bf16, or int8 (weights)."
     ),
     max_context: int = typer.Option(
         None, help="Longest cache the graphs are built for, in tokens (2048, or the target's own limit)."
@@ -182,8 +182,8 @@ def main(
 ) -> None:
     """Export a target and its draft to a bundle, and check every graph against PyTorch."""
     try:
-        if device != "cpu" and backend.value == "onnxruntime" and dtype and dtype.value == "int8":
-            raise ValueError(f"dtype is 'int8'; on {device} ONNX Runtime has no kernels for its products, use fp32.")
+        if device != "cpu" and backend.value == "onnxruntime" and dtype and "int8" in dtype.value:
+            raise ValueError(f"dtype is {dtype.value!r}; on {device} ONNX Runtime has no kernels for its products, use fp32.")
         capabilities = tuple(part.strip() for text in compute_capability for part in text.split(","))
         options = PlanOptions(capabilities, max_requests, chunk, int(workspace * 1e9))
         precision = dtype and dtype.value

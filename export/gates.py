@@ -32,6 +32,7 @@ W8A16 = Gate(cosine=0.998, norm=0.03, draw=5e-3)  # against the weights before t
 STEPS_INT8 = Gate(cosine=0.99, norm=0.05, draw=5e-2)
 GATES = {  # dtype -> engine ("steps": the markov engine of an autoregressive draft) -> gate; FP32 where none is named
     "int8": {"target": INT8, "backbone": INT8, "steps": STEPS_INT8},
+    "int8-block64": {"target": INT8, "backbone": INT8, "steps": STEPS_INT8},
     "fp16": dict.fromkeys(("target", "backbone", "markov", "steps", "confidence"), FP16),
     "w8a16": {"target": W8A16, "backbone": W8A16, "markov": FP16, "steps": W8A16, "confidence": FP16},
     "bf16": dict.fromkeys(("target", "backbone", "markov", "steps", "confidence"), BF16),

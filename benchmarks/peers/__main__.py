@@ -35,7 +35,7 @@ COLUMNS = (
 )
 LEGEND = (
     "tok/s: new tokens of all streams, prompts' time included; decode: once every stream has its first token; / "
-    "alone: over our target alone at the same precision; / best: over the fastest of ours (under 1 = ours is faster); "
+    "alone: over our target alone at the same precision (int8: the faster of our two forms); / best: over the fastest of ours (under 1 = ours is faster); "
     "dec.: that ratio in decode; agree: share of the answers before the first token unlike our fp32 answers."
 )
 SEED = 20261123  # of the prompts for many streams
@@ -81,9 +81,8 @@ def run_command(
     streams: Annotated[str, typer.Option(help="comma-separated numbers of streams")] = "1,16",
     peers: Annotated[str, typer.Option(help="comma-separated; default: all that are installed")] = "",
     variants: Annotated[str, typer.Option(help="only these variants of the peers")] = "",
-    schedules: Annotated[
-        str, typer.Option(help="of ours, with the int8 bundle; fp32 runs `none`")
-    ] = "none,fixed,lagged",
+    ours: Annotated[str, typer.Option(help="dtypes of our bundles")] = "int8,int8-block64,fp32",
+    schedules: Annotated[str, typer.Option(help="of our int8 bundles; fp32 runs `none`")] = "none,fixed,lagged",
     tokens: Annotated[int, typer.Option(help="of each answer")] = 96,
     rounds: Annotated[int, typer.Option(help="turns of each engine at each level")] = 3,
     minutes: Annotated[float, typer.Option(help="no round begins that would not end by then, loading included")] = 11,
@@ -106,8 +105,9 @@ def run_command(
             fail(f"{reason}; run python -m benchmarks.peers install {peer.name}.")
         else:
             console.print(f"left out: {reason}")
-    entered = our_competitors(target, draft, schedules.split(","), threads) + entered
-    int8 = target_bundle(target, "int8")
+    dtypes = ours.split(",")
+    entered = our_competitors(target, draft, dtypes, schedules.split(","), threads) + entered
+    tokenizer = target_bundle(target, dtypes[0])
     errors: dict[str, str] = {}
     with ExitStack() as stack:
         workers = []
@@ -122,7 +122,7 @@ def run_command(
         settings: dict = {}
         bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
         for number, level in enumerate(levels):
-            groups = [[ids] for ids in own_prompts(int8)] if level == 1 else [equal_prompts(int8, level)]
+            groups = [[ids] for ids in own_prompts(tokenizer)] if level == 1 else [equal_prompts(tokenizer, level)]
             task = bar.add_task(f"{level} streams", total=rounds * len(workers))
 
             def failed(worker: Worker, error: WorkerError) -> None:
@@ -152,10 +152,13 @@ def run_command(
     console.print(f"written: {out}", soft_wrap=True)
 
 
-def our_competitors(target: Path, draft: Path, schedules: list[str], threads: int) -> list[Competitor]:
-    """The int8 bundle under each schedule, the fp32 one under `none`. Exports and profiles what is missing or stale."""
+def our_competitors(
+    target: Path, draft: Path, dtypes: list[str], schedules: list[str], threads: int
+) -> list[Competitor]:
+    """The int8 bundles under each schedule, the fp32 one under `none`. Exports and profiles what is missing or stale."""
     found = []
-    for dtype, under in (("int8", schedules), ("fp32", ["none"])):
+    for dtype in dtypes:
+        under, precision = (["none"], dtype) if dtype == "fp32" else (schedules, "int8")
         bundle = target_bundle(target, dtype)
         bundles.ensure(target, draft, bundle, dtype)
         if {"causal", "lagged"} & set(under):
@@ -163,7 +166,7 @@ def our_competitors(target: Path, draft: Path, schedules: list[str], threads: in
         for schedule in under:
             command = (sys.executable, str(WORKERS / "ours.py"), "serve", str(bundle), schedule, str(threads))
             root = str(Path(__file__).parents[2])
-            found.append(Competitor(OURS, dtype, dtype, command, (("PYTHONPATH", root),), schedule))
+            found.append(Competitor(OURS, dtype, precision, command, (("PYTHONPATH", root),), schedule))
     return found
 
 

@@ -42,13 +42,14 @@ def rows(turns: Mapping[Competitor, Sequence[Turn]], versions: Mapping[Competito
     """One row a competitor, in their order.
 
     ratio_to_ours_*: the row / ours, so under 1 means that ours is faster. same_precision: our target alone (`none`) at
-    the row's precision, null for a precision we do not have. best: the fastest of ours by total tok/s, whatever its
+    the row's precision (the fastest of its forms), null for a precision we do not have. best: the fastest of ours by total tok/s, whatever its
     schedule and precision. Both by total tok/s, and by decode tok/s with the prefix decode_. agreement: with our fp32
     target alone; null without it.
     """
     ours = {c: t for c, t in turns.items() if c.peer == OURS and t}
-    alone = {c.precision: t for c, t in ours.items() if c.schedule == "none"}
-    best = max(ours.values(), key=lambda t: median(map(total, t)), default=None)
+    speed = lambda played: median(map(total, played))
+    alone = {c.precision: t for c, t in sorted(ours.items(), key=lambda x: speed(x[1])) if c.schedule == "none"}
+    best = max(ours.values(), key=speed, default=None)
     found = []
     for competitor, played in turns.items():
         if not played:

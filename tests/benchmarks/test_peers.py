@@ -103,6 +103,15 @@ def test_ratios_are_taken_within_a_round_and_to_the_right_one_of_ours():
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_of_two_forms_of_ours_the_faster_stands_for_the_precision(order):
+    ours = [Competitor(OURS, variant, "int8", ("true",), (), "none") for variant in ("int8", "int8-block64")]
+    turns = dict(zip([*ours, competitor("a", "int8")], ([turn(4.0)], [turn(2.0)], [turn(1.0)])))
+    table = rows({list(turns)[i]: list(turns.values())[i] for i in order}, {c: "1" for c in turns}, streams=1)
+    found = {(row["peer"], row["variant"]): row["ratio_to_ours_same_precision"] for row in table}
+    assert found == {(OURS, "int8"): 0.5, (OURS, "int8-block64"): 1.0, ("a", "int8"): 2.0}
+
+
 def test_without_ours_there_is_no_ratio_and_no_agreement():
     (row,) = rows({competitor("a", "int8"): [turn(1.0)]}, {competitor("a", "int8"): "1"}, streams=4)
     assert row["ratio_to_ours_best"] is row["ratio_to_ours_same_precision"] is row["agreement"] is None

@@ -45,7 +45,7 @@ def left_over(folder: Path) -> list[str]:
         ("llama", {"tied": True}, {"head": "gated", "confidence": "hidden", "layer_ids": (-1, 1)}, "int8"),
         ("qwen3", {}, {"head": "rnn", "draft_vocab": 40}, "fp32"),
         ("qwen3", {"bias": True}, {"rank": 0, "confidence": None}, "int8"),
-        ("qwen3", {}, {"rank": 0, "confidence": None, "sample_from_anchor": False}, "int8"),
+        ("qwen3", {}, {"rank": 0, "confidence": None, "sample_from_anchor": False}, "int8-block64"),
     ],
 )
 def test_bundle_is_what_the_manifest_says(tmp_path, family, target_options, draft_options, dtype):

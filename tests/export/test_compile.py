@@ -156,7 +156,7 @@ def test_attention_that_is_not_fused_is_a_warning(tmp_path):
     "more, words",
     [
         ({"dtype": "fp32"}, "dtype is 'fp32'; for the backend tensorrt-rtx it must be one of fp16, bf16, int8."),
-        ({"backend": "onnxruntime"}, "dtype is 'fp16'; for the backend onnxruntime it must be one of fp32, int8."),
+        ({"backend": "onnxruntime"}, "dtype is 'fp16'; for the backend onnxruntime it must be one of fp32, int8, int8-block64."),
         ({"backend": "auto", "dtype": "fp32"}, "for the backend tensorrt-rtx it must be one of fp16, bf16, int8."),
         ({"backend": "tensorrt"}, "install it with pip install tensorrt-cu13, or use --backend tensorrt-rtx."),
         ({"options": PlanOptions(("9.0",))}, "does not compile for compute capability 9.0"),

@@ -58,6 +58,16 @@ def test_int8_blocks_become_one_op_each(tmp_path):
     assert ops["MatMulNBits"] == len(scaled) == 9 and ops["DequantizeLinear"] == 0
     assert ops["MatMul"] == 3  # attention's
     assert ops["MatMulIntegerToFloat"] == 4  # gate and up side by side, three layers, and the head
+
+
+def test_int8_block64_has_one_op_a_product(tmp_path):
+    """Blocks throughout: nothing quantises activations beside the product, and all of the checkpoint is used."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (0,))
+    graph = build_target(model, 64)
+    quantize(graph, blocks=True)
+    lower(graph)
+    ops = Counter(node.op_type for node in graph.nodes)
+    assert ops["MatMulNBits"] == 13 and not ops["MatMulIntegerToFloat"] and not ops["QuantizeLinear"] and not ops["TopK"]
     assert graph.used_sources() == set(model.state_dict())
 
 

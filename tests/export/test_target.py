@@ -14,12 +14,13 @@ from tests.tiny import GEMMA4, make_target
 from training.target import PackedBatch, TargetModel
 
 C = 48
+FORMS = ["fp32", "int8", "int8-block64"]
 
 
-def graph_of(model: TargetModel, folder, *, int8: bool = False):
+def graph_of(model: TargetModel, folder, form: str = "fp32"):
     graph = build_target(model, 256)
-    if int8:
-        quantize(graph)
+    if form != "fp32":
+        quantize(graph, blocks=form == "int8-block64")
     lower(graph)
     graph.save(folder)
     return graph
@@ -75,11 +76,11 @@ def test_logit_rows_select_packed_rows(tmp_path):
     np.testing.assert_array_equal(some, everything[[4, 2]])
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-def test_a_pass_may_want_no_logits(tmp_path, int8):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pass_may_want_no_logits(tmp_path, form):
     """A chunk of a prompt that is not its last: M = 0; the features and the caches are as ever."""
     model = TargetModel.from_pretrained(make_target(tmp_path / "target", vocab=256), (1,))
-    graph = graph_of(model, tmp_path / "graph", int8=int8)
+    graph = graph_of(model, tmp_path / "graph", form)
     batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
     runner, other = (Runner(tmp_path / "graph", graph, 2, C) for _ in range(2))
     want = run(other, batch)
@@ -123,14 +124,14 @@ def test_grouped_and_separate_slots_agree(tmp_path, kv_heads, qk_norm):
     np.testing.assert_array_equal(caches[first], others[first])
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "family, kv_heads", [("llama", 1), ("llama", 2), ("llama", 4), ("gemma4-12b", 2), ("gemma4-e", 1), ("gemma4-e", 4)]
 )
-def test_logits_do_not_depend_on_the_pass(tmp_path, int8, family, kv_heads):
+def test_logits_do_not_depend_on_the_pass(tmp_path, form, family, kv_heads):
     """Bit for bit the same: in a batch, alone, token by token, in blocks of 7, in a larger cache."""
     model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, vocab=256, kv_heads=kv_heads), (1,))
-    graph = graph_of(model, tmp_path / "graph", int8=int8)
+    graph = graph_of(model, tmp_path / "graph", form)
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, 256, n).tolist() for n in (20, 13, 31)]
 
