@@ -85,6 +85,12 @@ def covered(data: Path, head: Path) -> tuple[float, list[tuple[int, int]]]:
     return 1 - sum(n for _, n in missing) / max(total, 1), missing[:10]
 
 
+def vocabulary(data: Path, head: Path, whole: int) -> dict:
+    """Tokens of the head's draft vocabulary (`whole`: of the target's), and their share of the answers' tokens."""
+    ids = draft_ids(head)
+    return {"draft_vocab": whole if ids is None else len(ids), "coverage": covered(data, head)[0]}
+
+
 def draft_ids(head: Path) -> set[int] | None:
     """Target ids of the draft vocabulary; None when it is the target's own."""
     for file in sorted(head.glob("*.safetensors")):
@@ -129,13 +135,15 @@ def evaluate(bundle: Path, files: dict[str, Path], *, limit: int, max_tokens: in
 
 def report(result: dict) -> str:
     """report.md."""
+    old, new = result["before"], result["after"]
     lacking = ", ".join(f"`{text}` ({n})" for text, n in result["lacking"])
     return "\n".join([
         f"# {result['head']} fine-tuned on {result['prompts']}", "",
         f"{result['trained']} prompts trained on, {result['held_out']} held out. Tokens a round of the target, the bonus "
         "token included; whole blocks verified; compiled engines.", "",
         markdown_table(COLUMNS, result["rows"]), "",
-        f"The draft vocabulary, the old head's, holds {result['coverage']:.2%} of the answers' tokens."
+        f"The old head's draft vocabulary of {old['draft_vocab']:,} tokens holds {old['coverage']:.2%} of the answers' "
+        f"tokens, the new one's of {new['draft_vocab']:,} {new['coverage']:.2%} (those of the prompts trained on)."
         + (f" It lacks most: {lacking}." if lacking else ""), "",
         f"Training: {result['settings']}. A calibration of the old head does not hold for the new one: `make calibrate`.", "",
     ])  # fmt: skip
@@ -150,8 +158,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of everything that is made")] = Path("build/finetune"),
     answers: Annotated[int, typer.Option(help="prompts answered for training, at most; 0 is all")] = 400,
     max_new: Annotated[int, typer.Option(help="tokens of an answer, at most")] = 160,
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 150,
-    lr: Annotated[float, typer.Option(help="a fifth of the shipped head's own")] = 2e-4,
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 100,
+    lr: Annotated[float, typer.Option(help="the shipped head's own")] = 1e-3,
+    draft_vocab_add: Annotated[int, typer.Option(min=0, help="answer tokens added to what the head can draft")] = 1024,
     limit: Annotated[int, typer.Option(help="held-out prompts evaluated")] = 40,
     other: Annotated[list[Path], typer.Option(help="prompts of other sorts: what does the head lose there?")] = [],
     seed: int = 1,
@@ -169,12 +178,13 @@ def main(
         "--bundle", bundle, "--temperature", "mixed", "--top-p", 1, "--top-k", 0, "--count", answers, "--max-new", max_new,
         "--seed", seed,
     )  # fmt: skip
-    share, missing = covered(data, draft)
     files = {"held out": out / "held-out.jsonl", **{path.stem: path for path in other}}
     asked = dict(limit=limit, max_tokens=max_new)
     before = evaluate(bundle, files, kept=out / "before.json", **asked)
     begun = ["--resume"] if (run / "state.pt").is_file() else ["--init", draft]
-    settings = ["--steps", steps, "--lr", lr, "--seed", seed]
+    sizes = [manifest[model]["vocab_size"] for model in ("target", "draft")]
+    adds = min(draft_vocab_add, sizes[0] - sizes[1])
+    settings = ["--steps", steps, "--lr", lr, "--seed", seed, "--draft-vocab-add", adds]
     command("training", "train", "--target", target, "--data", data, "--out", run, *settings, *begun)
     shutil.copytree(run / "latest", head, dirs_exist_ok=True)
     if reason := bundles.stale(target, head, tuned, dtype):
@@ -187,14 +197,17 @@ def main(
     ]
     result = {
         "prompts": prompts.name, "head": draft.name, "target": manifest["target"]["name"], "dtype": dtype,
-        "trained": min(trained, answers or trained), "held_out": held, "coverage": share,
-        "lacking": [(text_of(bundle, token), n) for token, n in missing],
+        "trained": min(trained, answers or trained), "held_out": held,
+        "before": vocabulary(data, draft, sizes[0]), "after": vocabulary(data, head, sizes[0]),
+        "lacking": [(text_of(bundle, token), n) for token, n in covered(data, head)[1]],
         "settings": " ".join(map(str, settings)), "rows": rows,
     }  # fmt: skip
     write_result(out / "report.json", result)
     (out / "report.md").write_text(report(result), encoding="utf-8")
     console_for_tables().print(rich_table("Tokens a round, before and after", COLUMNS[:7], rows))
-    print(f"the draft vocabulary holds {share:.2%} of the answers' tokens; report: {out}/report.md, the head: {head}")
+    held = [result[when]["coverage"] for when in ("before", "after")]
+    print(f"the draft vocabulary held {held[0]:.2%} of the answers' tokens, now {held[1]:.2%}")
+    print(f"report: {out}/report.md, the head: {head}")
 
 
 def text_of(bundle: Path, token: int) -> str:

@@ -23,6 +23,8 @@ NORMS = {  # of the embedding, of the feature
     "eagle3": ("layers.0.input_layernorm", "layers.0.hidden_norm"),
     "mtp": ("enorm", "hnorm"),
 }
+# int8 form of every matrix: a step feeds the next one, so errors add up, and one 8-bit step a row is too coarse for them.
+INT8 = "block"
 
 
 class Layers:
@@ -85,7 +87,7 @@ def build_rows(model: ArDraft, max_context: int, *, static_cache: int | None = N
         q_rows = head_rows(g, pad_index, H, 0, H)
         row_groups = group_mask(g, c, g.input("mask_rows", "float32", ("R", 1, "Q", "C")))
 
-    x, h = layers.enter(w.linear(features, "fc", int8="block") if layers.kind == "eagle3" else features, next_ids)
+    x, h = layers.enter(w.linear(features, "fc") if layers.kind == "eagle3" else features, next_ids)
     for i in range(depth):
         attn, last = f"layers.{i}.self_attn", i == depth - 1
         kv = g.reshape(w.linear(h, f"{attn}.k_proj", f"{attn}.v_proj"), -1, D)
@@ -109,6 +111,7 @@ def build_rows(model: ArDraft, max_context: int, *, static_cache: int | None = N
     g.output("base_logits", "float32", ("R", 1, model.config.vocab_out))
     if static_cache is not None:
         fix_cache_length(g, static_cache)
+    g.quantizable = dict.fromkeys(g.quantizable, INT8)
     g.prune()
     return g
 
@@ -138,6 +141,7 @@ def build_steps(model: ArDraft, max_context: int, *, static_cache: int | None = 
     picks.outputs()
     if static_cache is not None:
         fix_cache_length(g, static_cache)
+    g.quantizable = dict.fromkeys(g.quantizable, INT8)
     g.prune()
     return g
 

@@ -74,11 +74,12 @@ def row_matmul(g: Graph, node: NodeProto, rows: str, m: str) -> None:
 def block_matmul(g: Graph, node: NodeProto) -> None:
     """x @ DequantizeLinear(W_int8, scale a block and column), under the MatMul's own output name."""
     name = node.input[1]
-    array = g.weights[name]
-    K, N = array.shape
-    weight = g.weight(f"{name}.int8", applied(lambda w: quantize_blocks(w)[0], array, (K, N), np.int8), g.sources[name])
-    steps = applied(lambda w: quantize_blocks(w)[1], array, (-(-K // BLOCK), N), np.float32)
-    scales = g.weight(f"{name}.scale", steps, g.sources[name])
+    array, weight, scales = g.weights[name], f"{name}.int8", f"{name}.scale"
+    if weight not in g.weights:  # as in row_matmul
+        K, N = array.shape
+        g.weight(weight, applied(lambda w: quantize_blocks(w)[0], array, (K, N), np.int8), g.sources[name])
+        steps = applied(lambda w: quantize_blocks(w)[1], array, (-(-K // BLOCK), N), np.float32)
+        g.weight(scales, steps, g.sources[name])
     g.op(
         "MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0]
     )

@@ -154,6 +154,7 @@ def train(
     sharding: Annotated[str, typer.Option(help="of the weights over torchrun's processes: ddp or fsdp2")] = "ddp",
     fp32: Annotated[bool, typer.Option("--fp32", help="no bf16 matrix products")] = False,
     init: Annotated[Path | None, typer.Option(help="start from this head's weights instead of the target's")] = None,
+    draft_vocab_add: Annotated[int, typer.Option(help="answer tokens added to what --init's head can draft")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="go on from OUT/state.pt")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves it to PyTorch")] = 0,
 ) -> None:
@@ -178,7 +179,7 @@ def train(
             feature_cache_gb=feature_cache_gb, save_minutes=save_minutes, evaluate_steps=evaluate_steps,
             feature_disk_gb=feature_disk_gb, feature_folder=str(feature_folder) if feature_folder else None,
             patience=patience, ema=ema, tensorboard=tensorboard, compile=compile, device=device, sharding=sharding,
-            loss=named_losses(loss, kind), unroll=unroll,
+            loss=named_losses(loss, kind), unroll=unroll, draft_vocab_add=draft_vocab_add,
         )  # fmt: skip
         train(target, lambda: load_sequences(data, hot_share), out, shape, settings, init=init, resume=resume)
     except (ValueError, OSError) as error:

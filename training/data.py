@@ -118,11 +118,26 @@ class _Cut:
 
 def frequent_tokens(sequences: list[Sequence], size: int, vocab_size: int, always: tuple[int, ...] = ()) -> Tensor:
     """[size] int64, increasing: the most frequent answer tokens (ties: the smaller id), `always` among them."""
+    counts = answer_counts(sequences, vocab_size)
+    counts[list(always)] = np.iinfo(np.int64).max
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[: min(size, vocab_size)]))
+
+
+def lacking_tokens(sequences: list[Sequence], ids: Tensor, size: int, vocab_size: int) -> Tensor:
+    """[at most `size`] int64, increasing: the most frequent answer tokens (ties: the smaller id) that are not in `ids`;
+    fewer where the answers have no more."""
+    counts = answer_counts(sequences, vocab_size)
+    counts[ids.numpy()] = 0
+    size = min(size, int((counts > 0).sum()))
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+
+
+def answer_counts(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
+    """[vocab_size] int64: how often the answers have each token."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for s in sequences:
         np.add.at(counts, np.asarray(s.tokens[s.prompt_length :], dtype=np.int64), 1)
-    counts[list(always)] = np.iinfo(np.int64).max
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[: min(size, vocab_size)]))
+    return counts
 
 
 def coverage(sequences: list[Sequence], ids: Tensor, vocab_size: int) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from training.layers import softcapped
 
+SMALLEST = torch.finfo(torch.float32).tiny  # a subnormal floor is 0 where those are flushed (the trainer's run)
 CHUNK_ELEMENTS = 1 << 18  # float32 numbers handled at once in the fused softmax: 1 MB stays in a core's cache
 
 
@@ -159,7 +160,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
 
     The gradient of the logits overwrites them chunk by chunk while they are in the cache, so that no [N, V_d] float32
     tensor ever exists: dCE/dz = q - onehot, d|q-p|_1/dz = q * (s - <q, s>) with s = sign(q - p),
-    d(-sum p log q)/dz = m q - p with m the sum of p over V_d.
+    d(-sum p log q)/dz = m q - p with m the sum of p over V_d. The CE that is reported ends at 87.3 nats (SMALLEST).
     """
 
     @staticmethod
@@ -173,7 +174,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
             rows = slice(i, min(i + step, N))
             q = torch.softmax(z[rows], dim=-1, dtype=torch.float32)
             label = labels[rows, None].clamp_min(0)
-            row_ce[rows] = -q.gather(1, label)[:, 0].clamp_min(1e-38).log()
+            row_ce[rows] = -q.gather(1, label)[:, 0].clamp_min(SMALLEST).log()
             target = p[p_row[rows]].float()
             difference = torch.sub(q, target[:, :V_d])
             row_l1[rows] = difference.abs().sum(-1) + target[:, V_d]

@@ -48,6 +48,7 @@ class TrainSettings:
     compile: bool = False  # the draft's backbone by torch.compile
     device: str = "cpu"
     sharding: str = "ddp"  # of the draft's weights, with several processes
+    draft_vocab_add: int = 0  # answer tokens that the --init head could not draft, added to its vocabulary
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -60,6 +61,8 @@ class TrainSettings:
             raise ValueError(f"ema is {self.ema}; it must lie in [0, 1).")
         if self.patience < 0:
             raise ValueError(f"patience is {self.patience}; it must be 0 (off) or more.")
+        if self.draft_vocab_add < 0:
+            raise ValueError(f"draft_vocab_add is {self.draft_vocab_add}; it must be 0 or more.")
         if self.device not in DEVICES:
             raise ValueError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}.")
         if self.optimiser not in OPTIMISERS:

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 
+from training.autoregressive import ArDraft
 from training.checkpoint import load_draft
-from training.data import Sequence, TargetPass, coverage, is_held_out
+from training.data import Sequence, TargetPass, coverage, is_held_out, lacking_tokens
+from training.draft import DraftModel
 from training.formats.layouts import layers_of
 from training.initialisation import HeadShape, eos_ids, new_draft
 from training.ranks import Ranks
 from training.settings import TrainSettings
 from training.target import TargetModel
 from training.trainer import Trainer
+from training.vocabulary import check_room, extended
 
 
 def train(
@@ -39,8 +42,13 @@ def train(
         raise FileNotFoundError(f"{out} holds no state.pt to resume from.")
     if not resume and (Path(out) / "state.pt").exists():
         raise ValueError(f"{out} holds a run already; add --resume, or name another folder.")
+    adds = settings.draft_vocab_add if not resume else 0  # what is resumed has them
+    if adds and init is None:
+        raise ValueError(f"draft_vocab_add is {adds} and init names no head; a new head's vocabulary is draft_vocab.")
     ranks = Ranks.join(settings.device)
     draft = None if source is None else load_draft(source, target_folder)
+    if adds:
+        check_room(draft.config, adds)
     sequences = ranks.from_first(load)
     layer_ids = shape.layers_of(layers_of(target_folder))
     if draft is not None:
@@ -50,6 +58,10 @@ def train(
     target = TargetModel.from_pretrained(target_folder, layer_ids, dtype)
     if draft is None:
         draft = new_draft(target, [s for s in sequences if not is_held_out(s)], shape, settings.seed, eos_ids(raw))
+    elif adds:
+        draft, said = with_lacking(draft, target, sequences, adds)
+        if ranks.first:
+            print(said, flush=True)
     if settings.device != "cpu":
         target, draft = target.to(settings.device), draft.to(settings.device)
     trainer = Trainer(target, draft, load, out, settings, ranks)
@@ -94,6 +106,26 @@ def train(
     print(f"{done.step:,} steps, {seen}, {minutes:.1f} minutes{tired}.")
     print(disk_line(trainer.disk))
     return trainer
+
+
+def with_lacking(
+    draft: DraftModel | ArDraft, target: TargetModel, sequences: list[Sequence], count: int
+) -> tuple[DraftModel | ArDraft, str]:
+    """The head with the `count` most frequent answer tokens that it could not draft (of what is trained on), and what
+    share of the answers' tokens its vocabulary held and holds."""
+    V, ids = target.config.vocab_size, draft.draft_to_target()
+    parts = {
+        "training": [s for s in sequences if not is_held_out(s)],
+        "held-out": [s for s in sequences if is_held_out(s)],
+    }
+    wide = extended(draft, target, lacking_tokens(parts["training"], ids, count, V))
+    shares = [
+        f"{coverage(part, ids, V):.2%} of the {name} answers' tokens, now {coverage(part, wide.draft_to_target(), V):.2%}"
+        for name, part in parts.items()
+        if part
+    ]
+    added = wide.config.vocab_out - len(ids)
+    return wide, f"{added:,} tokens added to a draft vocabulary of {len(ids):,}: it held {'; '.join(shares)}."
 
 
 def disk_plan(trainer: Trainer, wanted: float) -> str:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,10 +33,12 @@ from training.data import Batch, Sequence, TargetPass, is_held_out, make_batches
 from training.draft import DraftModel
 from training.feature_files import TOKEN_BYTES, FeatureFiles, cached_recipe_bytes
 from training.formats.layouts import config_json
+from training.finite import check_finite
 from training.gradients import LOSSES, Job, Replicated, Sharded
 from training.held_out import HeldOut
 from training.loss import block_acceptance
 from training.optimiser import Optimiser
+from training.progress import Progress
 from training.ranks import Ranks
 from training.run_log import RunLog
 from training.run_state import NotSaved, filled, read_run, write_run
@@ -45,23 +47,9 @@ from training.settings import FREE, TrainSettings
 from training.target import TargetModel
 
 
-@dataclass
-class Progress:
-    """Where a run stands; saved with the weights. `place` is the next batch of the epoch's order; best: the best
-    held-out tau so far, waited: evaluations since."""
-
-    step: int = 0
-    epoch: int = 0
-    place: int = 0
-    blocks: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best: float = 0.0
-    waited: int = 0
-
-
 class Trainer:
-    """One run: `run()` trains until its steps or minutes are used; the folder then holds latest/, state.pt, log.jsonl.
+    """One run: `run()` trains until its steps or minutes are used; the folder then holds latest/ and best/ (heads),
+    state.pt, log.jsonl.
 
     `load` gives the sequences; it is asked again at each epoch's start, so that data may still grow while a run goes on
     (new sequences make new batches, or enter the held-out slice; the draft vocabulary stays that of the start).
@@ -97,9 +85,11 @@ class Trainer:
         else:
             self.gradients = Replicated(self.batch_pass, ranks, settings.seed, settings.batches_per_step)
         self.parameters, self.workers = self.gradients.parameters, self.gradients.workers
+        self.names = [name for name, p in draft.named_parameters() if p.requires_grad]  # of the parameters
         self.optimizer = Optimiser(settings.optimiser, draft, self.parameters, settings.lr)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
         self.progress = Progress()
+        self.best: dict[str, Tensor] = {}  # the best head since the last save
         self.disk: dict[str, int] = {}
         self.stop_requested = False
 
@@ -142,6 +132,7 @@ class Trainer:
         keys = order[done.place : done.place + s.batches_per_step].tolist()
         seen = self.gradients([Job(self.batches[k], k, done.step * s.batches_per_step + i) for i, k in enumerate(keys)])
         norm = float(self.gradients.whole(nn.utils.clip_grad_norm_(self.parameters, s.clip)))
+        check_finite(seen, norm, done.step + 1, s, self.out)
         for group in self.optimizer.param_groups:
             group["lr"] = lr = s.lr * self.lr_share()
         self.optimizer.step()
@@ -177,7 +168,7 @@ class Trainer:
     def run(self, report: Callable[[dict], None] = lambda line: None) -> None:
         """Trains to the end (or until SIGTERM / SIGINT, or until the held-out tau has not risen for `patience`
         evaluations), saving every save_minutes. `report` sees each line of the log. Raises NotSaved when the end cannot
-        be saved."""
+        be saved, ValueError at a loss that is not finite."""
         torch.set_flush_denormal(True)
         self.out.mkdir(parents=True, exist_ok=True)
         ask = lambda *_: setattr(self, "stop_requested", True)
@@ -216,8 +207,9 @@ class Trainer:
                 signal.signal(number, handler)
 
     def evaluate(self) -> dict:
-        """What the held-out slice says of the weights, and of their mean (whose tau then counts for `patience`)."""
-        s, done, run = self.settings, self.progress, self.gradients.run
+        """What the held-out slice says of the weights, and of their mean (whose tau then counts for `patience`). Keeps
+        the best so far until save(): best/ and state.pt must tell of the same run."""
+        run, together = self.gradients.run, self.gradients.together
         figures = {"held_out": self.held_out.evaluate(run, self.workers)}
         self.gradients.settle()
         if self.average is not None:
@@ -225,9 +217,10 @@ class Trainer:
                 figures["held_out_ema"] = self.held_out.evaluate(run, self.workers)
                 self.gradients.settle()
         tau = figures["held_out_ema" if self.average else "held_out"].get("tau")
-        if tau is not None:
-            done.waited = 0 if tau > done.best else done.waited + 1
-            done.best = max(done.best, tau)
+        if self.progress.judge(self.ranks.from_first(lambda: tau) if together else tau):
+            head = self.heads()["latest-ema" if self.average else "latest"].items()
+            small = lambda v: torch.bfloat16 if v.is_floating_point() else v.dtype
+            self.best = {name: v.detach().to("cpu", small(v), copy=True) for name, v in head}
         return figures
 
     @property
@@ -235,31 +228,39 @@ class Trainer:
         """Whether the held-out tau has not risen for `patience` evaluations."""
         return 0 < self.settings.patience <= self.progress.waited
 
-    def save(self) -> None:
-        """latest/ (and latest-ema/): the draft in its kind's own layout, bf16, without the frozen embedding; state.pt:
-        what to go on from, with whole tensors: a run goes on with any number of processes that see the folder, sharded
-        or not. Every rank must ask; rank 0 writes. Raises NotSaved."""
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """The draft's tensors but the frozen embedding, whole, as they are and with the mean. Every rank must ask."""
         whole = self.gradients.whole
-        trained = {k: whole(v) for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}
+        heads = {"latest": {k: whole(v) for k, v in self.draft.state_dict().items() if k != "embed_tokens.weight"}}
+        if self.average is not None:
+            mean = {name: whole(value) for name, value in zip(self.names, self.average.values)}
+            heads["latest-ema"] = {**heads["latest"], **mean}
+        return heads
+
+    def save(self) -> None:
+        """latest/ (latest-ema/, best/): the draft in its kind's own layout, bf16, without the frozen embedding;
+        state.pt: what to go on from, with whole tensors: a run goes on with any number of processes that see the
+        folder, sharded or not. Every rank must ask; rank 0 writes. Raises NotSaved."""
+        whole, heads = self.gradients.whole, self.heads()
         optimizer = self.optimizer.state_dict()
         moments = {i: {k: whole(v) for k, v in kept.items()} for i, kept in optimizer["state"].items()}
         state = {
-            "draft": trained, "optimizer": {**optimizer, "state": moments}, "progress": asdict(self.progress),
+            "draft": heads["latest"], "optimizer": {**optimizer, "state": moments}, "progress": asdict(self.progress),
             "config": config_json(self.draft.config), "settings": asdict(self.settings), "grown": self.grown,
             "held_out": self.held_out.keys,
         }  # fmt: skip
-        drafts = {"latest": trained}
         if self.average is not None:
-            names = [name for name, p in self.draft.named_parameters() if p.requires_grad]
-            state["ema"] = {name: whole(value) for name, value in zip(names, self.average.values)}
-            drafts["latest-ema"] = {**trained, **state["ema"]}
+            state["ema"] = {name: heads["latest-ema"][name] for name in self.names}
+        if self.best:
+            heads["best"] = self.best
         if self.ranks.first:
-            write_run(self.out, state, lambda: [self.write_draft(name, held) for name, held in drafts.items()])
+            write_run(self.out, state, lambda: [self.write_draft(name, head) for name, head in heads.items()])
+        self.best = {}
 
-    def write_draft(self, name: str, trained: dict[str, Tensor]) -> None:
+    def write_draft(self, name: str, head: dict[str, Tensor]) -> None:
         with torch.device("meta"):
             model = draft_module(self.draft.config)
-        model.load_state_dict(trained, strict=False, assign=True)
+        model.load_state_dict(head, strict=False, assign=True)
         save_draft(model, self.out / name, dtype=torch.bfloat16, embed_tokens=False)
 
     def resume(self) -> None:

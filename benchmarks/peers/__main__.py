@@ -35,7 +35,8 @@ COLUMNS = (
 )
 LEGEND = (
     "tok/s: new tokens of all streams, prompts' time included; decode: once every stream has its first token; / "
-    "alone: over our target alone at the same precision (int8: the faster of our two forms); / best: over the fastest of ours (under 1 = ours is faster); "
+    "alone: over our target alone at the same precision (int8: the faster of our two forms); / best: over the fastest of "
+    "ours (under 1 = ours is faster); "
     "dec.: that ratio in decode; agree: share of the answers before the first token unlike our fp32 answers."
 )
 SEED = 20261123  # of the prompts for many streams

@@ -42,9 +42,9 @@ def rows(turns: Mapping[Competitor, Sequence[Turn]], versions: Mapping[Competito
     """One row a competitor, in their order.
 
     ratio_to_ours_*: the row / ours, so under 1 means that ours is faster. same_precision: our target alone (`none`) at
-    the row's precision (the fastest of its forms), null for a precision we do not have. best: the fastest of ours by total tok/s, whatever its
-    schedule and precision. Both by total tok/s, and by decode tok/s with the prefix decode_. agreement: with our fp32
-    target alone; null without it.
+    the row's precision (the fastest of its forms), null for a precision we do not have. best: the fastest of ours by
+    total tok/s, whatever its schedule and precision. Both by total tok/s, and by decode tok/s with the prefix decode_.
+    agreement: with our fp32 target alone; null without it.
     """
     ours = {c: t for c, t in turns.items() if c.peer == OURS and t}
     speed = lambda played: median(map(total, played))

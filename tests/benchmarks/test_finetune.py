@@ -40,7 +40,7 @@ def test_from_prompts_to_report_and_again(tmp_path, pair, monkeypatch):
     mine = write(tmp_path / "mine.jsonl", [f"row {i}" for i in range(60)])
     options = [
         "--prompts", mine, "--target", target, "--draft", draft, "--bundle", tmp_path / "bundle", "--dtype", "fp32", "--out",
-        tmp_path / "out", "--answers", 24, "--max-new", 12, "--steps", 3, "--limit", 4,
+        tmp_path / "out", "--answers", 24, "--max-new", 12, "--steps", 3, "--limit", 4, "--draft-vocab-add", 10,
     ]  # fmt: skip
     options = [str(o) for o in options]
     done = CliRunner().invoke(app, options)
@@ -51,11 +51,14 @@ def test_from_prompts_to_report_and_again(tmp_path, pair, monkeypatch):
     n = min(4, len(held))
     assert [(r["name"], r["temperature"], r["prompts"]) for r in result["rows"]] == [("held out", t, n) for t in (0.0, 1.0)]
     assert all(r[when]["rounds"] > 0 and r[when]["acceptance_length"] >= 1 for r in result["rows"] for when in ("before", "after"))
-    assert 0 < result["coverage"] < 1 and result["lacking"] and f"{result['coverage']:.2%}" in (out / "report.md").read_text()
+    before, after = result["before"], result["after"]
+    assert 0 < before["coverage"] < after["coverage"] < 1 and result["lacking"], "ten tokens were not enough"
+    said = (out / "report.md").read_text()
+    assert f"of 200 tokens holds {before['coverage']:.2%}" in said and f"of 210 {after['coverage']:.2%}" in said
     old, new = load_file(draft / "model.safetensors"), out / "head" / "model.safetensors"
-    assert finetune.draft_ids(draft) == finetune.draft_ids(out / "head") and len(finetune.draft_ids(draft)) == 200
+    assert finetune.draft_ids(draft) < finetune.draft_ids(out / "head") and len(finetune.draft_ids(draft)) == 200
     assert new.read_bytes() != (draft / "model.safetensors").read_bytes() and "d2t" in old
-    assert json.loads((out / "bundle/manifest.json").read_text())["draft"]["vocab_size"] == 200
+    assert json.loads((out / "bundle/manifest.json").read_text())["draft"]["vocab_size"] == 210
     asked = set((out / "data/prompts-00.jsonl").read_text().splitlines())
     assert held and asked and not set(held) & asked, "nothing that is evaluated was trained on"
     weights, stamp = new.read_bytes(), (out / "bundle/manifest.json").stat().st_mtime_ns
@@ -94,6 +97,30 @@ def test_too_few_prompts_are_one_sentence(tmp_path):
     few = write(tmp_path / "few.jsonl", ["a", "b", "a"])
     with pytest.raises(ValueError, match=r"few.jsonl holds 2 different prompts; fine-tuning needs 40 or more\.$"):
         finetune.prepare(few, tmp_path / "out")
+
+
+def test_a_head_that_drafts_everything_is_given_nothing(tmp_path, pair, monkeypatch):
+    """And one with less room than asked for is given what there is."""
+    target, small = pair
+    mine, commands = write(tmp_path / "mine.jsonl", [f"row {i}" for i in range(60)]), []
+
+    class Enough(Exception):
+        pass
+
+    def command(*asked):
+        commands.append(asked)
+        if asked[1] == "train":
+            raise Enough
+
+    monkeypatch.setattr(finetune, "command", command)
+    monkeypatch.setattr(finetune, "evaluate", lambda *_, **__: [])
+    for name, draft, added in (("small", small, VOCAB - 200), ("whole", make_draft(tmp_path / "all", target), 0)):
+        sizes = {"target": {"vocab_size": VOCAB}, "draft": {"vocab_size": len(finetune.draft_ids(draft) or range(VOCAB))}}
+        monkeypatch.setattr(finetune.bundles, "ensure", lambda *_: sizes)
+        with pytest.raises(Enough):
+            finetune.main(mine, target, draft, tmp_path / "bundle", out=tmp_path / name)
+        asked = [str(word) for word in commands[-1]]
+        assert asked[asked.index("--draft-vocab-add") + 1] == str(added), name
 
 
 def test_a_prompt_stays_on_its_side():

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import remote
 from benchmarks.common import Item, encode
-from benchmarks.demo import compare, summary
+from benchmarks.demo import compare, pooled, summary
 from benchmarks.inprocess import Lane, run, together
-from benchmarks.remote import ask
+from benchmarks.remote import Answer, ask
 from benchmarks.scheduling import table
 from benchmarks.steady import Plan
 from client import Client, ClientError
@@ -82,15 +82,26 @@ def test_each_request_of_a_run_has_a_seed_of_its_own(bundle, alone):
 
 
 def test_demo_row_of_a_served_prompt(server, alone):
-    row = compare(Client(server.grpc_url), ITEMS[1], max_tokens=10, repeats=1)
+    row = compare(Client(server.grpc_url), ITEMS[1], max_tokens=10, repeats=2)
     want = alone.decode(ITEMS[1].messages[0]["content"], max_tokens=10)
     assert row["identical"] and row["first_difference"] is None
     assert row["output_tokens"] == len(want) and row["text"] == alone.text(want)
     assert row["acceptance_length"] >= 1 and len(row["acceptance_per_position"]) == alone.engines.bundle.draft.block_size
-    assert row["rounds"] * row["acceptance_length"] >= row["output_tokens"] - 1  # the first token is the prefill's
+    tokens = 2 * (row["output_tokens"] - 1)  # of both runs; the first token is the prefill's
+    assert row["rounds"] * row["acceptance_length"] == pytest.approx(tokens, abs=2 * 6)  # an answer may end inside a block
+    assert row["rounds"] * row["acceptance_length"] >= tokens - 0.01
     total = summary([row, row | {"identical": False, "first_difference": 4}])
     assert total["output_tokens"] == 2 * row["output_tokens"] and not total["identical"]
     assert total["first_difference"] == 4
+
+
+def test_acceptance_is_of_all_timed_runs():
+    """One run drafted, the other skipped nearly every draft."""
+    runs = [
+        Answer("", None, 5, rounds, drafted, accepted)
+        for rounds, drafted, accepted in ((10, 40, (6, 3, 1)), (30, 3, (1, 0, 0)), (20, 0, (0, 0, 0)))
+    ]
+    assert pooled(runs) == (60, [7, 3, 1]) and pooled(runs[2:]) == (20, [])
 
 
 def test_a_steady_window_through_the_server(server):

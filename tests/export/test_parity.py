@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from export.__main__ import build_graphs
-from export.parity import check_parity, real_tokens
+from export.parity import Parity, check_parity, real_tokens
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
-from training.target import TargetModel
+from training.target import PackedBatch, TargetModel
 
 
 def models(tmp_path, **options):
@@ -65,6 +66,40 @@ def test_a_damaged_graph_of_an_autoregressive_draft_is_caught(tmp_path, what):
         g.save(tmp_path / "bundle" / "onnx" / g.name)
     with pytest.raises(ValueError, match=f"^parity: {engine}, "):
         check_parity(tmp_path / "bundle", graphs, target, draft, folder, dtype="fp32", console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "dtype, options, normed",
+    [
+        ("int8", dict(kind="mtp", layer_ids=(2,)), True),
+        ("int8", dict(kind="mtp", layer_ids=(1,)), False),
+        ("int8", dict(kind="eagle3", layer_ids=(1,)), False),
+        ("int8-block64", dict(kind="mtp", layer_ids=(2,)), False),
+        ("fp32", dict(kind="mtp", layer_ids=(2,)), False),
+    ],
+)
+def test_only_the_last_layer_for_an_int8_mtp_draft_is_normed_first(tmp_path, dtype, options, normed):
+    """A feature that is too large by a factor is no error to one that norms it; one out of order is."""
+    folder, target, draft = models(tmp_path, **options)
+    parity = Parity(tmp_path, [], target, draft, dtype)
+    assert parity.normed == normed
+    for damage, ok in ((lambda x: 1.3 * x, normed), (lambda x: np.roll(x, 1, axis=-1), False)):
+        parity.run["target"] = Damaged(target, damage)
+        parity.target_pass("case", [[1, 2, 3], [4, 5], [6]], [0, 0, 0], target.new_caches(3, parity.C))
+        assert parity.checks[-1].ok == ok and ("normed" in parity.checks[-1].case) == normed
+
+
+class Damaged:
+    """A target engine that is PyTorch's, with its features changed."""
+
+    def __init__(self, target, damage):
+        self.target, self.damage = target, damage
+
+    def __call__(self, logit_rows, mask, **fields):
+        fields = {name: torch.from_numpy(x) for name, x in fields.items()}
+        batch = PackedBatch(**fields, mask=torch.from_numpy(mask == 0))
+        out = self.target(batch, torch.from_numpy(logit_rows), self.target.new_caches(3, mask.shape[-1]))
+        return {"logits": out.logits.detach().numpy(), "features": self.damage(out.features.detach().numpy())}
 
 
 def test_real_tokens_without_a_tokenizer_are_the_targets_own(tmp_path):

@@ -87,6 +87,18 @@ def test_bf16_gradients_point_the_same_way():
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
+def test_a_label_without_any_probability_has_a_finite_loss_where_subnormals_are_flushed():
+    """As the trainer runs. With the weight 0, inf would make the total nan."""
+    p, zero = torch.tensor([[0.5, 0.5, 0.0]]), torch.zeros(1, dtype=torch.int64)
+    try:
+        torch.set_flush_denormal(True)
+        for weights in (LossWeights(), named_losses("eagle3", "mtp")):
+            losses = block_losses(torch.tensor([[-200.0, 0.0]]), torch.eye(2), None, p, zero, zero, zero, weights, 1)
+            assert float(losses.ce) == pytest.approx(87.3, abs=0.1) and torch.isfinite(losses.total)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_mass_outside_the_draft_vocabulary_counts_as_rejection():
     p = torch.tensor([[0.25, 0.25, 0.5]])
     q_logits = torch.zeros(1, 2)

@@ -98,6 +98,60 @@ def test_a_run_ends_when_its_patience_does(target, sequences, tmp_path):
     assert again.progress.step == 12
 
 
+def held_out_taus(out, name="held_out"):
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    return {x["step"]: x[name]["tau"] for x in lines if name in x}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_best_head_is_kept_beside_the_last(target, sequences, tmp_path, ema, monkeypatch):
+    """The weights of the evaluation with the highest tau, bit for bit, though the run went on; the mean where there is one."""
+    settings = replace(SETTINGS, evaluate_steps=2, ema=ema, patience=3)
+    run, seen = trainer_for(target, sequences, tmp_path, settings), {}
+    real, after = run.held_out.evaluate, {2: 1.5, 4: 1.9, 6: 1.7, 8: 1.9, 10: 1.8}
+
+    def evaluate(*given):
+        seen[run.progress.step] = trained(run)
+        return {**real(*given), "tau": after[run.progress.step]}
+
+    monkeypatch.setattr(run.held_out, "evaluate", evaluate)
+    run.run()
+    assert run.progress.step == 10 and run.tired and not run.best
+    folder = make_target(tmp_path / "target", vocab=64, layers=3)
+    best, last = load_draft(tmp_path / "best", folder).state_dict(), load_draft(tmp_path / "latest", folder).state_dict()
+    for name in run.names:
+        assert torch.equal(best[name], seen[4][name].bfloat16().float()), name
+    assert not torch.equal(best["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_the_best_head_survives_a_stop_and_a_kill(target, sequences, tmp_path):
+    """What was best when the run was last saved is what it goes on from: a run killed later makes its best anew."""
+    settings = replace(SETTINGS, steps=16, evaluate_steps=2)
+    weights = lambda name: (tmp_path / name / "best" / "model.safetensors").read_bytes()
+    whole = trainer_for(target, sequences, tmp_path / "whole", settings)
+    whole.run()
+    taus = held_out_taus(tmp_path / "whole")
+    assert whole.progress.best == max(taus.values()) > taus[2]
+    cut = trainer_for(target, sequences, tmp_path / "cut", settings)
+    cut.run(report=lambda line: setattr(cut, "stop_requested", line["step"] == 4))
+    early = weights("cut")
+    lost = trainer_for(target, sequences, tmp_path / "cut", settings)
+    lost.resume()
+    for _ in range(4):
+        lost.step()
+    lost.evaluate()
+    assert lost.best and weights("cut") == early, "not before state.pt says so"
+    again = trainer_for(target, sequences, tmp_path / "cut", settings)
+    again.resume()
+    again.run()
+    assert weights("cut") == weights("whole") != early and again.progress.best == whole.progress.best
+    worse = trainer_for(target, sequences, tmp_path / "cut", settings)
+    worse.resume()
+    worse.evaluate()
+    worse.save()  # an evaluation that is no better leaves it
+    assert weights("cut") == weights("whole")
+
+
 def test_a_state_from_before_a_setting_existed_is_resumed(target, sequences, tmp_path):
     run = trainer_for(target, sequences, tmp_path, replace(SETTINGS, steps=3))
     run.run()
