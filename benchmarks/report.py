@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import acceptance, bench, cells, demo, equality, findings, simulate, training
+from . import acceptance, bench, cells, demo, equality, evaluation, findings, simulate, training
 from .common import markdown_table
 
 SHOWN_ANSWERS = 1  # streamed answers that the README shows
@@ -125,6 +125,12 @@ def equality_section(result: dict) -> str:
     return section(said, result, equality.COLUMNS, result["runs"])
 
 
+def heads_section(result: dict) -> str:
+    """Drafts of one `make heads`, side by side."""
+    said = "Whole blocks verified; acceptance length counts the bonus token"
+    return section(said, result, evaluation.COLUMNS, evaluation.side_by_side(result["drafts"]))
+
+
 def simulation_section(result: dict) -> str:
     """Closed loop: total tok/s of every mode, and lagged's budget."""
     said = f"Simulated, {result['seconds']:g} s a cell; acceptance: {result['rollouts']}. `budget`: tokens verified a request and step"
@@ -217,6 +223,7 @@ SECTIONS = {  # page: {section: (result files in build/, files -> section; "" le
         "peers": ("peers.json", peers_section),
         "equality": ("equality.json", from_json(equality_section)),
         "training": ("training.json", from_json(with_origin(training.said))),
+        "heads": ("heads-compared/eval.json", from_json(heads_section)),
     },
     "docs/simulation.md": {
         "simulation": ("simulation.json", from_json(simulation_section)),
