@@ -12,7 +12,7 @@ multiplies; CPUs without it (AVX2 only) may saturate the products, which the par
 "block": weights (and, in ONNX Runtime's form, activations) scaled per BLOCK consecutive inputs, so that a huge channel
 costs precision in its own block only. In standard ops the weights are dequantised by DequantizeLinear and the product
 is float32; lower_onnxruntime makes the pair one MatMulNBits, whose 8-bit activations are its own affair. A lone row
-needs five nodes less than in the row form, many rows take twice as long: --dtype int8-block64 takes blocks throughout.
+needs five nodes fewer a product than in the row form, many rows take twice as long: --dtype int8-block64 takes blocks throughout.
 """
 
 from __future__ import annotations
