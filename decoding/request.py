@@ -207,6 +207,7 @@ class Sequence:
         self.drawn = sampled and not self.coupled  # judged by rejection sampling
         self.filtered = sampled and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         self.edits = Edits.of(p, self.prompt_length, self.limits.eos_token_ids)
+        self.plain = not sampled and self.edits is None and not p.return_log_probs  # its argmax is all that is asked
         self.stream = Uniforms(int(p.seed), self.prompt_length, self.twin) if self.drawn else None
         self._noise = Noise(int(p.seed), self.limits.vocab_size) if self.coupled else None
 

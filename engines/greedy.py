@@ -10,6 +10,8 @@ import numpy as np
 
 from .base import VerifyBatch, VerifyResult
 
+_NO_LISTS = np.zeros(0, bool), np.zeros(0, np.float32)
+
 
 def is_plain(batch: VerifyBatch) -> bool:
     """No edits, filters, noise, draws or log-probs: the first four fields say all."""
@@ -20,7 +22,9 @@ def verify(batch: VerifyBatch) -> VerifyResult:
     """accepted: draft tokens up to the first that is not its row's argmax; next: the argmax behind them. The lowest token
     of equal logits, as the graph's ArgMax."""
     R, G = batch.draft_tokens.shape
+    if not batch.num_draft.any():
+        return VerifyResult(np.zeros(R, np.int64), batch.logits.argmax(axis=1)[batch.row_index[:, 0]], *_NO_LISTS)
     best = batch.logits.argmax(axis=1)[batch.row_index]  # [R, G+1]
     agree = (best[:, :G] == batch.draft_tokens) & (np.arange(G) < batch.num_draft[:, None])
     accepted = np.logical_and.accumulate(agree, axis=1).sum(axis=1)
-    return VerifyResult(accepted, best[np.arange(R), accepted], np.zeros(0, bool), np.zeros(0, np.float32))
+    return VerifyResult(accepted, best[np.arange(R), accepted], *_NO_LISTS)

@@ -45,6 +45,7 @@ SPIN_US = 200
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
 _NOTHING = np.zeros(1)  # where empty arrays lie
+KEPT_BYTES = 4096  # inputs up to this size are copied to a place that stays bound, larger ones are bound where they lie
 
 
 class OnnxRuntimeEngines:
@@ -117,8 +118,8 @@ class OnnxRuntimeEngines:
 
 
 class Graph:
-    """One session. Small inputs are bound at each call by address; caches once per (first row, rows, generation), as
-    input and output on the same memory; other outputs go to buffers that are kept and only grow."""
+    """One session. Small inputs are copied to places that stay bound, large ones bound where they lie; caches once per
+    (first row, rows, generation), as input and output on the same memory; other outputs go to buffers that are kept and only grow."""
 
     def __init__(self, path: Path, spec: EngineSpec, options: ort.SessionOptions, caches: Caches | None):
         try:
@@ -138,24 +139,35 @@ class Graph:
         self.cache_outputs = {s.name for s in spec.outputs if is_cache(s.name)}  # none: it only reads them
         self.caches = caches if self.cache_inputs else None
         self.device = ort.OrtDevice.make("cpu", 0)._get_c_device()
+        self.names = [name for name, _, _ in self.inputs]
         self._buffers: dict[str, ndarray] = {}
         self._bindings: dict[tuple[int, int], Binding] = {}
         self._generation = -1
+        self._call = self._bound = self._results = None  # of the latest run
 
     def run(self, feeds: dict[str, ndarray | None], first_row: int = 0) -> dict[str, ndarray]:
         """feeds: an array per graph input, of the declared dtype and shape (else ValueError); what the graph does not
         use may be there too. Returns views of the buffers."""
-        sizes = sizes_of(self.name, self.inputs, feeds)
-        arrays = [(name, dtype.type, np.ascontiguousarray(feeds[name])) for name, dtype, _ in self.inputs]
-        binding = self._binding(first_row, sizes)
-        for name, kind, array in arrays:
-            binding.input(name, kind, array)
+        arrays = [feeds[name] for name in self.names]
+        call = (first_row, [(a.shape, a.dtype) for a in arrays], self.caches and self.caches.generation)
+        if call != self._call:  # else: the sizes are known to fit, and the outputs lie where they lay
+            self._call = None
+            sizes = sizes_of(self.name, self.inputs, feeds)
+            self._bound = self._binding(first_row, sizes)
+            self._results = self._outputs(self._bound, sizes)
+            self._call = call
+        binding = self._bound
+        arrays = [binding.input(name, array) for name, array in zip(self.names, arrays)]  # they live until the run is over
+        self.session._sess.run_with_iobinding(binding.values, None)
+        return self._results
+
+    def _outputs(self, binding: Binding, sizes: dict[str, int]) -> dict[str, ndarray]:
+        """The views of the buffers that a call of these sizes writes, bound."""
         results = {}
         for name, dtype, shape in self.outputs:
             array = self._buffer(name, dtype, tuple(d if isinstance(d, int) else sizes[d] for d in shape))
-            binding.output(name, dtype.type, array)
+            binding.output(name, array)
             results[name] = array
-        self.session._sess.run_with_iobinding(binding.values, None)
         return results
 
     def _buffer(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
@@ -180,30 +192,45 @@ class Graph:
             for i, name in enumerate(self.cache_inputs):
                 view = self.caches.view(i, *key)
                 output = name.replace("past_key_values.", "present.")
-                binding.input(name, view.dtype.type, view)
+                binding.input_at(name, view)
                 if output in self.cache_outputs:
-                    binding.output(output, view.dtype.type, view)
+                    binding.output(output, view)
         return self._bindings[key]
 
 
 class Binding:
-    """The values of one graph by address. Binding costs more than comparing, and most places stay: the caches, the
-    outputs' buffers, whatever is empty. An array that is bound must live until the run is over."""
+    """The values of one graph by address. Binding costs more than comparing or copying a few numbers, and most places
+    stay: the caches, the outputs' buffers, whatever is small or empty."""
 
     def __init__(self, session: ort.InferenceSession, device):
         self.values, self.device = ort.IOBinding(session)._iobinding, device
         self.places: dict[str, tuple] = {}
+        self._kept: dict[str, ndarray] = {}
 
-    def input(self, name: str, kind: type, array: ndarray) -> None:
-        self._bind(self.values.bind_input, name, kind, array)
+    def input(self, name: str, array: ndarray) -> ndarray:
+        """Copies a small array to its place, binds a large one. Returns what is bound: it must live until the run is over."""
+        kept = self._kept.get(name)
+        if kept is not None and kept.shape == array.shape:
+            kept[...] = array
+            return kept
+        if 0 < array.nbytes <= KEPT_BYTES:
+            array = self._kept[name] = np.array(array, order="C")
+        else:
+            self._kept.pop(name, None)
+            array = np.ascontiguousarray(array)
+        self.input_at(name, array)
+        return array
 
-    def output(self, name: str, kind: type, array: ndarray) -> None:
-        self._bind(self.values.bind_output, name, kind, array)
+    def input_at(self, name: str, array: ndarray) -> None:
+        self._bind(self.values.bind_input, name, array)
 
-    def _bind(self, bind, name: str, kind: type, array: ndarray) -> None:
+    def output(self, name: str, array: ndarray) -> None:
+        self._bind(self.values.bind_output, name, array)
+
+    def _bind(self, bind, name: str, array: ndarray) -> None:
         place = array.__array_interface__["data"][0] if array.size else _NOTHING.ctypes.data, array.shape
         if self.places.get(name) != place:
-            bind(name, self.device, kind, array.shape, place[0])
+            bind(name, self.device, array.dtype.type, array.shape, place[0])
             self.places[name] = place
 
 

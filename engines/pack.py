@@ -31,7 +31,20 @@ def pack_target(
     Empty slots have pad_index 0 and write garbage behind a request's own tokens, which the next pass overwrites.
     """
     counts = np.array([len(t) for t in tokens], np.int64)
-    Q = int(counts.max())
+    Q, R = int(counts.max()), len(counts)
+    if Q == 1 and int(counts.sum()) == R == int(logit_counts.sum()):  # a token and a row of logits each: nothing to pad
+        rows, positions = np.arange(R), lengths[:, None]
+        batch = TargetBatch(
+            token_ids=np.array([t for t, in tokens], np.int64),
+            pad_index=rows[:, None],
+            pack_index=rows,
+            position_ids=np.minimum(positions, max_context - 1),
+            write_index=lengths,
+            mask=(np.arange(capacity) <= positions)[:, None, None],
+            logit_rows=rows,
+            first_row=first_row,
+        )
+        return batch, rows, rows
     starts, slots = np.cumsum(counts) - counts, np.arange(Q)
     used = slots < counts[:, None]
     positions = lengths[:, None] + slots

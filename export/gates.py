@@ -29,10 +29,11 @@ INT8 = Gate(cosine=0.99, norm=0.05)
 FP16 = Gate(cosine=0.9999, norm=0.01, draw=5e-3)
 BF16 = Gate(cosine=0.997, norm=0.03, draw=4e-2)
 W8A16 = Gate(cosine=0.998, norm=0.03, draw=5e-3)  # against the weights before they were rounded
+MARKOV_INT8 = Gate(cosine=0.999, norm=0.02, draw=1e-2)  # the bias in blocks of 64, added to base logits in float32
 STEPS_INT8 = Gate(cosine=0.99, norm=0.05, draw=5e-2)
 GATES = {  # dtype -> engine ("steps": the markov engine of an autoregressive draft) -> gate; FP32 where none is named
-    "int8": {"target": INT8, "backbone": INT8, "steps": STEPS_INT8},
-    "int8-block64": {"target": INT8, "backbone": INT8, "steps": STEPS_INT8},
+    "int8": {"target": INT8, "backbone": INT8, "markov": MARKOV_INT8, "steps": STEPS_INT8},
+    "int8-block64": {"target": INT8, "backbone": INT8, "markov": MARKOV_INT8, "steps": STEPS_INT8},
     "fp16": dict.fromkeys(("target", "backbone", "markov", "steps", "confidence"), FP16),
     "w8a16": {"target": W8A16, "backbone": W8A16, "markov": FP16, "steps": W8A16, "confidence": FP16},
     "bf16": dict.fromkeys(("target", "backbone", "markov", "steps", "confidence"), BF16),

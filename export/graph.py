@@ -7,6 +7,7 @@ A value is its name (a string). Weights are arrays kept beside the protobuf, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,14 @@ DTYPES = {
     "int32": TensorProto.INT32,
     "bool": TensorProto.BOOL,
 }
+
+
+def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """`nodes` and those of their branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g.node)
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,9 @@ class Graph:
         self.sources = {name: self.sources[name] for name in self.weights}
 
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
-        """Value name -> the nodes that read it."""
+        """Value name -> the nodes that read it, in branches too."""
         readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
+        for node in every_node(self.nodes):
             for name in node.input:
                 readers.setdefault(name, []).append(node)
         return readers
@@ -148,7 +157,7 @@ class Graph:
             self.nodes, self.name, [value_info(s) for s in self.inputs], [value_info(s) for s in self.outputs], tensors
         )
         opsets = [helper.make_opsetid("", OPSET)]
-        if any(node.domain == MICROSOFT for node in self.nodes):
+        if any(node.domain == MICROSOFT for node in every_node(self.nodes)):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name="dspark-triton", ir_version=IR_VERSION)
         onnx.save(model, folder / "model.onnx")

@@ -126,6 +126,7 @@ class MarkovSteps:
         self.w1 = w.plain("markov_head.markov_w1.weight")
         name = "markov_head.markov_w2.weight"
         self.w2 = g.weight(f"{name}.T", w.array(name).T, (name,))
+        g.quantizable[self.w2] = "block"
         self.state: str | None = None  # zeros before slot 0: the term is left out there
         if hidden is None:
             return

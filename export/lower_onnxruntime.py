@@ -13,6 +13,7 @@ from onnx import NodeProto, helper
 
 from .arrays import applied
 from .graph import MICROSOFT, Graph
+from .idle_draws import lower_idle_draws
 
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in 8 bits, scaled per row and block
 
@@ -27,6 +28,7 @@ def lower(g: Graph) -> None:
     lower_block_matmuls(g)
     g.prune()
     check_order(g)
+    lower_idle_draws(g)
 
 
 def lower_attention(g: Graph) -> None:

@@ -18,8 +18,9 @@ SMALLEST = np.float32(2.0**-24)  # float16's
 
 
 def weights_only(g: Graph) -> None:
-    """Replaces, in place, the weight of every MatMul in g.quantizable, except those that compute in float32."""
-    names = {name for name in g.quantizable if not name.startswith(FULL)}
+    """Replaces, in place, the weight of every MatMul in g.quantizable, except those that compute in float32 and the Markov
+    bias, which is small."""
+    names = {name for name in g.quantizable if not name.startswith((*FULL, "markov_head."))}
     nodes, g.nodes = g.nodes, []
     dequantized: dict[str, str] = {}
     for node in nodes:

@@ -9,7 +9,7 @@ from decoding.compare import next_logits
 from decoding.judge import Judge
 from decoding.loop import Loop
 from decoding.metrics import Metrics
-from decoding.request import Request, SamplingParams
+from decoding.request import Request, SamplingParams, Sequence
 from decoding.schedule import Fixed, NoDraft, Threshold
 from export.reference import keep, softmax
 from tests.bundles import tiny_bundle
@@ -87,6 +87,20 @@ def test_coupled_accepts_more_than_chance(tiny):
         drive(loop, todo)
         length[rule] = loop.metrics.accepted_tokens / loop.metrics.rounds
     assert 0.4 * length["rejection"] < length["coupled"] < length["rejection"]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_plain_requests_are_judged_as_in_the_company_of_others(tiny, monkeypatch, batch):
+    """The short way (every request wants its argmax alone) against that of mixed batches, with prompts in pieces."""
+    requests = [Request(i, text, SamplingParams(20)) for i, text in enumerate(prompts(9, seed=8))]
+    run = lambda: finished(drive(Loop(tiny, Jagged(), max_requests=batch, token_budget=9), requests))
+    calls, short_way, made = [], Judge._plain, Sequence.__post_init__
+    monkeypatch.setattr(Judge, "_plain", lambda *args: calls.append(1) or short_way(*args))
+    short = run()
+    assert len(calls) > 20
+    monkeypatch.setattr(Sequence, "__post_init__", lambda s: made(s) or setattr(s, "plain", False))
+    calls.clear()
+    assert run() == short and not calls
 
 
 def test_temperature_zero_is_greedy_under_either_rule(tiny):

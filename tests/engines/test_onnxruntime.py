@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from engines.base import additive_mask
 from engines.bundle import Bundle
@@ -46,3 +49,38 @@ def test_a_value_is_bound_again_only_where_it_moved(loaded):
     assert all(binding.places[name] == places[name] for name in graph.cache_inputs)
     assert np.abs(first - again).max() > 0  # other tokens, whether or not they lie where the old ones lay
     np.testing.assert_array_equal(feed(loaded, [ids], [0])[0], first)
+
+
+def test_passes_of_changing_sizes_do_not_see_each_others_inputs(loaded):
+    """Small inputs are copied to places that stay bound, large ones bound where they lie: whatever came before, a pass
+    reads its own."""
+    texts = [random_ids(n, seed=n) for n in (1, 6, 1, 3, 6, 1)]
+    want = []
+    for text in texts:
+        opened = OnnxRuntimeEngines(loaded.bundle, threads=1)
+        want.append(feed(opened, [text], [0]))
+        opened.close()
+    for text, (logits, features) in zip(texts, want):
+        got = feed(loaded, [text], [0])
+        np.testing.assert_array_equal(got[0], logits)
+        np.testing.assert_array_equal(got[1], features)
+
+
+@pytest.mark.parametrize("kept", [0, 4096])
+def test_large_and_small_inputs_give_the_same(loaded, monkeypatch, kept):
+    monkeypatch.setattr("engines.onnxruntime.KEPT_BYTES", kept)
+    opened = OnnxRuntimeEngines(loaded.bundle, threads=1)
+    for text in ([3, 1, 4], [1, 5, 9], [2]):
+        np.testing.assert_array_equal(feed(opened, [text], [0])[0], feed(loaded, [text], [0])[0])
+    opened.close()
+
+
+def test_a_bad_array_is_refused_after_good_ones(loaded):
+    feed(loaded, [[1, 2]], [0])
+    feed(loaded, [[1, 2]], [0])
+    batch, _, _ = pack_target([[1, 2]], np.array([0]), np.array([2]), loaded.target_capacity, loaded.bundle.max_context)
+    bad = {"token_ids": batch.token_ids.astype(np.int32), "logit_rows": np.zeros((1, 1), np.int64), "pack_index": np.arange(3)}
+    for name, array in bad.items():
+        with pytest.raises(ValueError, match=name):
+            loaded.target(replace(batch, **{name: array}))
+    np.testing.assert_array_equal(loaded.target(batch).logits, feed(loaded, [[1, 2]], [0])[0])

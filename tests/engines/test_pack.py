@@ -33,3 +33,24 @@ def test_backbone_layout():
     assert batch.block_position_ids.tolist() == [[7, 8], [0, 1], [8, 9]]
     assert batch.mask.shape == (3, 1, 2, 12)
     assert batch.mask.sum(-1)[:, 0].tolist() == [[9, 9], [2, 2], [10, 10]]
+
+
+def test_a_token_each_is_packed_as_any_ragged_batch_is():
+    """The short way for one token and one row of logits a request gives what the long way gives beside a longer one."""
+    lengths = np.array([4, 99, 0])
+    short, starts, logits = pack_target([[7], [8], [9]], lengths, np.array([1, 1, 1]), 128, 100, first_row=2)
+    long, long_starts, long_logits = pack_target([[7], [8], [9], [1, 2]], np.append(lengths, 5), np.array([1, 1, 1, 2]), 128, 100)
+    assert short.token_ids.tolist() == long.token_ids[:3].tolist() and short.first_row == 2
+    assert starts.tolist() == long_starts[:3].tolist() and logits.tolist() == long_logits[:3].tolist()
+    for name in ("pad_index", "position_ids"):
+        np.testing.assert_array_equal(getattr(short, name), getattr(long, name)[:3, :1])
+    np.testing.assert_array_equal(short.mask, long.mask[:3, :, :1])
+    np.testing.assert_array_equal(short.write_index, lengths)
+    assert short.pack_index.tolist() == short.logit_rows.tolist() == [0, 1, 2]
+    for array in (short.token_ids, short.pad_index, short.pack_index, short.position_ids, short.logit_rows):
+        assert array.dtype == np.int64
+
+
+def test_a_prompt_of_one_token_without_logits_takes_the_long_way():
+    batch, _, logit_starts = pack_target([[7], [8]], np.array([0, 3]), np.array([0, 1]), 16, 100)
+    assert batch.logit_rows.tolist() == [1] and logit_starts.tolist() == [0, 0]
