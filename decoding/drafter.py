@@ -93,13 +93,15 @@ class Drafter:
         self._biases = np.array([bundle.biases(False), bundle.biases(True)], np.float32)
         self._turn = 0  # where the last probe ended: probes go round the rows
 
-    def draft(self, rows: list[Sequence], decode: ndarray, prefill: int, room: int) -> Draft | None:
+    def draft(self, rows: list[Sequence], decode: list[bool], prefill: int, room: int) -> Draft | None:
         """The blocks of this round and how much of each is verified; None when there is none.
 
         decode [R] bool: rows in decode; prefill: prompt tokens that this step feeds; room: draft tokens that fit into its token budget.
         Waiting context is handed to the draft on the way, also for requests still in prefill (their block is ignored).
         """
-        ready = decode & np.array([s.speculative for s in rows])
+        if not any(s.speculative for s in rows):
+            return None
+        ready = np.array([s.speculative and d for s, d in zip(rows, decode)])
         load = self._load(rows, decode, ready, prefill)
         started = perf_counter()
         wanted = min(self.scheduler.draft(load), load.requests) if load.requests else 0
@@ -146,8 +148,8 @@ class Drafter:
         return Draft(first, block, drafted, num_draft, sample_index, logits, survival)
 
     @staticmethod
-    def _load(rows: list[Sequence], decode: ndarray, ready: ndarray, prefill: int) -> RoundLoad:
-        requests, decoding = int(ready.sum()), int(decode.sum())
+    def _load(rows: list[Sequence], decode: list[bool], ready: ndarray, prefill: int) -> RoundLoad:
+        requests, decoding = int(ready.sum()), sum(decode)
         longest = max((s.target_length for s, d in zip(rows, decode) if d), default=0)
         return RoundLoad(requests, decoding - requests, prefill, float(longest))
 

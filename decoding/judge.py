@@ -9,11 +9,12 @@ Legend: R requests of this pass, G block size, n admitted draft tokens, V / V_d 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy import ndarray
 
-from engines import Engines
+from engines import Engines, greedy
 from engines.base import TargetResult, VerifyBatch, VerifyResult
 
 from .drafter import Draft
@@ -30,8 +31,8 @@ class Verdicts:
     """accepted [R], next_tokens [R]; log_probs: for each request None, or float32 [a + 1] of the tokens it was
     given."""
 
-    accepted: ndarray
-    next_tokens: ndarray
+    accepted: ndarray | list[int]
+    next_tokens: ndarray | list[int]
     log_probs: list[ndarray | None]
 
 
@@ -78,12 +79,13 @@ class Judge:
         logit_counts [R], logit_starts [R]: how many rows of `result.logits` each request has, and its first. The
         verdict of a request without logits means nothing.
         """
-        if all(s.plain for s in rows) and logit_counts.all():
-            return self._plain(len(rows), first_row, draft, num_draft, result.logits, logit_counts, logit_starts)
+        starts, counts = logit_starts.tolist(), logit_counts.tolist()
+        if isinstance(result.logits, ndarray) and all(s.plain for s in rows) and all(counts):
+            drafts = [draft.tokens(first_row + i, n - 1) if n > 1 else [] for i, n in enumerate(counts)]
+            call = partial(greedy.plain, starts=starts, drafts=drafts)
+            return Verdicts(*self.metrics.timed("verify", call, result.logits), [None] * len(rows))
         cases = []
-        for row, (s, n, start, count) in enumerate(
-            zip(rows, num_draft.tolist(), logit_starts.tolist(), logit_counts.tolist())
-        ):
+        for row, (s, n, start, count) in enumerate(zip(rows, num_draft.tolist(), starts, counts)):
             if count:
                 cases.append(Case(row, s, start, count, draft.tokens(first_row + row, n) if n else []))
         accepted, following = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -98,17 +100,6 @@ class Judge:
                     log_probs[c.row] = verdict.log_probs[first : first + int(accepted[c.row]) + 1].copy()
                     first += c.count
         return Verdicts(accepted, following, log_probs)
-
-    def _plain(self, R: int, first_row: int, draft: Draft | None, num_draft: ndarray, logits, counts, starts) -> Verdicts:
-        """The verdicts of R plain requests that all have logits: no lists to gather (half of the host's work in a round of
-        one user)."""
-        slots = np.minimum(np.arange(self.G + 1), counts[:, None] - 1) if draft else np.zeros((1, self.G + 1), np.int64)
-        tokens = np.zeros((R, self.G), np.int64)
-        if draft:
-            here = np.flatnonzero(num_draft)
-            tokens[here] = draft.block.draft_tokens[here + (first_row - draft.first_row)]
-        verdict = self._run(VerifyBatch.greedy(logits, starts[:, None] + slots, tokens, num_draft, self.V_d))
-        return Verdicts(verdict.accepted, verdict.next_tokens, [None] * R)
 
     def _groups(self, cases: list[Case]) -> list[list[Case]]:
         """Runs of neighbours with at most `verify_rows` wide rows (or one request)."""
@@ -134,16 +125,16 @@ class Judge:
         slots = np.minimum(np.arange(self.G + 1), counts[:, None] - 1)
         row_index = np.array([c.start - start for c in cases])[:, None] + slots
         judged = logits[start : cases[-1].start + cases[-1].count]
-        greedy = VerifyBatch.greedy(judged, row_index, tokens, num_draft, self.V_d)
+        batch = VerifyBatch.greedy(judged, row_index, tokens, num_draft, self.V_d)
         asked = [(i, c) for i, c in enumerate(cases) if c.sequence.request.params.return_log_probs]
         wide = [(i, c) for i, c in enumerate(cases) if c.wide]
         if asked:
-            greedy = replace(greedy, **_log_probs(asked, start))
+            batch = replace(batch, **_log_probs(asked, start))
         if not wide:
-            return self._run(greedy)
+            return self._run(batch)
         firsts = dict(zip([i for i, _ in wide], np.cumsum([0, *(c.count for _, c in wide)]).tolist()))
         placed = [(i, c, firsts[i]) for i, c in wide]
-        batch = greedy.__dict__ | _wide(placed, start)
+        batch = batch.__dict__ | _wide(placed, start)
         if matched := [p for p in placed if not p[1].sequence.drawn]:
             batch |= _matches(self, matched)
         if drawn := [p for p in placed if p[1].sequence.drawn]:

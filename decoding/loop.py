@@ -167,8 +167,8 @@ class Loop:
 
     def _round(self, started: float) -> list[Output]:
         rows, before = self._rows, self.metrics.split()
-        decode = np.array([s.decoding for s in rows])
-        self._accepted = np.zeros(len(rows), np.int64)
+        decode = [s.decoding for s in rows]
+        self._accepted = [0] * len(rows)
         try:
             draft = self.drafter.draft(rows, decode, *self._share())
             passes = self._plan(draft)
@@ -183,24 +183,25 @@ class Loop:
                 outputs += self._run(work, draft)
             except Exception as error:
                 outputs, whole = outputs + self._fail(members, error), False
-        if whole and decode.any():
+        if whole and any(decode):
             tokens = sum(sum(work.counts) for work in passes)
             self._tell(draft, decode, tokens, before, started)
         return outputs
 
-    def _tell(self, draft: Draft | None, decode: ndarray, tokens: int, before: Split, started: float) -> None:
+    def _tell(self, draft: Draft | None, decode: list[bool], tokens: int, before: Split, started: float) -> None:
         """What this step did, to the scheduler and the observers: only now, so that both see past rounds only."""
-        metrics, accepted = self.metrics, self._accepted
+        metrics, drafted = self.metrics, 0
         metrics.tokens += tokens
         spent = Split(*(b - a for a, b in zip(before, metrics.split())))
         if draft is not None:
             self._twins.drafted()
-            self.scheduler.observe(draft.num_draft[draft.drafted], accepted[draft.drafted])
-        if tokens == int(decode.sum()) + (int(draft.num_draft.sum()) if draft is not None else 0):  # no prompt in it
+            drafted = int(draft.num_draft.sum())
+            self.scheduler.observe(draft.num_draft[draft.drafted], np.array(self._accepted)[draft.drafted])
+        if tokens == sum(decode) + drafted:  # no prompt in it
             self.scheduler.timed(1e3 * spent.draft, 1e3 * (perf_counter() - started - spent.draft))  # the host's part too
         if not self.observers:
             return
-        none = np.zeros(len(decode), np.int64)
+        decode, accepted, none = np.array(decode), np.array(self._accepted), np.zeros(len(decode), np.int64)
         verified = none if draft is None else draft.num_draft
         wide = lambda a: None if a is None else draft.spread(a)[decode]
         trace = RoundTrace(

@@ -18,6 +18,7 @@ from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
+NEW = 4  # blocks that the pool takes up until it is searched again: every round from four requests on
 # Rounds' worth of loss until the draft is skipped, with one request (shared by more of them), and at least: a pool of 24
 # blocks is a noisy witness, and with one request the same one for 24 rounds.
 PATIENCE, LEAST_PATIENCE = 1.0, 0.2
@@ -70,7 +71,7 @@ class Lagged(LoadAware):
     def __init__(self, sps: Sps):
         super().__init__(sps)
         self._pool: deque[ndarray] = deque()  # survivals [R, G] of rounds with a draft, without the newest
-        self._pooled = 0
+        self._pooled = self._new = 0
         self._last: ndarray | None = None  # the newest
         self._gained: dict[bool, ndarray] = {}  # sums() of the pool, with and without depths, once they are asked for
         self._skipping, self._loss, self._wait, self._since = False, 0.0, FIRST_WAIT, 0
@@ -205,11 +206,14 @@ class Lagged(LoadAware):
         if self._last is not None:
             self._pool.append(self._last)
             self._pooled += len(self._last)
+            self._new += len(self._last)
             most = POOL_OF_PROBES if self._skipping else POOL
             while self._pooled - len(self._pool[0]) >= most:
                 self._pooled -= len(self._pool.popleft())
             self._gained = {}
-        self._last, self._found = survival, None
+        self._last = survival
+        if self._new >= NEW or self._pooled < POOL_OF_PROBES:
+            self._found, self._new = None, 0
 
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
         super().observe(verified, accepted)

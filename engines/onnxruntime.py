@@ -6,6 +6,7 @@ Knows: sessions, I/O binding, threads. Refuses to know: requests, sampling, sche
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ SPIN_US = 200
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
 _NOTHING = np.zeros(1)  # where empty arrays lie
-KEPT_BYTES = 4096  # inputs up to this size are copied to a place that stays bound, larger ones are bound where they lie
+KEPT_BYTES = 1 << 15  # inputs up to this size are copied to a place that stays bound, larger ones are bound where they lie
 
 
 class OnnxRuntimeEngines:
@@ -171,7 +172,7 @@ class Graph:
         return results
 
     def _buffer(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ndarray:
-        size = int(np.prod(shape))
+        size = prod(shape)
         flat = self._buffers.get(name)
         if flat is None or flat.size < size:
             flat = self._buffers[name] = np.empty(max(size, 1), dtype)

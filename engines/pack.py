@@ -30,10 +30,8 @@ def pack_target(
     Returns (batch, starts [R]: packed row of each request's first token, logit_starts [R]: row of its first logits).
     Empty slots have pad_index 0 and write garbage behind a request's own tokens, which the next pass overwrites.
     """
-    counts = np.array([len(t) for t in tokens], np.int64)
-    Q, R = int(counts.max()), len(counts)
-    if Q == 1 and int(counts.sum()) == R == int(logit_counts.sum()):  # a token and a row of logits each: nothing to pad
-        rows, positions = np.arange(R), lengths[:, None]
+    if all(len(t) == 1 for t in tokens) and all(logit_counts.tolist()):  # a token and a row of logits each: nothing to pad
+        rows, positions = np.arange(len(tokens)), lengths[:, None]
         batch = TargetBatch(
             token_ids=np.array([t for t, in tokens], np.int64),
             pad_index=rows[:, None],
@@ -45,6 +43,8 @@ def pack_target(
             first_row=first_row,
         )
         return batch, rows, rows
+    counts = np.array([len(t) for t in tokens], np.int64)
+    Q = int(counts.max())
     starts, slots = np.cumsum(counts) - counts, np.arange(Q)
     used = slots < counts[:, None]
     positions = lengths[:, None] + slots

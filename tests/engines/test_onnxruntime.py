@@ -66,7 +66,7 @@ def test_passes_of_changing_sizes_do_not_see_each_others_inputs(loaded):
         np.testing.assert_array_equal(got[1], features)
 
 
-@pytest.mark.parametrize("kept", [0, 4096])
+@pytest.mark.parametrize("kept", [0, 100, 1 << 20])
 def test_large_and_small_inputs_give_the_same(loaded, monkeypatch, kept):
     monkeypatch.setattr("engines.onnxruntime.KEPT_BYTES", kept)
     opened = OnnxRuntimeEngines(loaded.bundle, threads=1)
