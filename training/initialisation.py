@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from training.data import Sequence, frequent_tokens
 from training.decoder_config import DecoderConfig, flat_keys
 from training.draft import DraftConfig, DraftModel
 from training.formats.eagle3 import default_layers
-from training.target import TargetModel
+from training.target import PackedBatch, TargetModel
 
 KINDS = ("dspark", "dflash", *AUTOREGRESSIVE)
 
@@ -109,12 +110,25 @@ def last_like(target: DecoderConfig, draft: DecoderConfig, depth: int) -> list[i
     return [like[max(len(like) - depth + i, 0)] for i in range(depth)] if like else []
 
 
-def initialise_autoregressive(draft: ArDraft, target: TargetModel, ids: Tensor, seed: int) -> None:
+@torch.no_grad()
+def stream_size(target: TargetModel, sequences: list[Sequence]) -> float:
+    """The median root mean square of the last feature layer's output over a few sequences: how large the residual stream
+    is there (a first token's may be six times that)."""
+    some = sorted((np.asarray(s.tokens[:256], np.int32) for s in sequences), key=bytes)[:4]
+    batch = PackedBatch.build([tokens.tolist() for tokens in some], [0] * len(some), max(len(tokens) for tokens in some))
+    stream = target(batch, torch.zeros(1, dtype=torch.int64)).features[:, -target.config.hidden_size :]
+    return float(stream.float().pow(2).mean(-1).sqrt().median())
+
+
+def initialise_autoregressive(
+    draft: ArDraft, target: TargetModel, ids: Tensor, seed: int, size: float = 1.0
+) -> None:
     """A start in which the last true feature already goes through the target's last layers, and the next token's
     embedding comes in by noise (eagle3) or as it is (mtp).
 
     eagle3: fc = the deepest feature; the feature's half of q, k and v is the target's with its input norm folded in.
-    mtp: eh_proj adds up both normed inputs. lm_head as of a parallel draft. Layers of another family than the draft's
+    mtp: eh_proj adds up both normed inputs, the feature at the target's `size` (stream_size): a layer adds to the stream
+    as much as it did in the target, and would drown a smaller one. lm_head as of a parallel draft. Layers of another family than the draft's
     are no start: then they are PyTorch's own.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +152,7 @@ def initialise_autoregressive(draft: ArDraft, target: TargetModel, ids: Tensor, 
             draft.fc.weight[:, -d:] += torch.eye(d)
         else:
             nn.init.normal_(draft.eh_proj.weight, std=0.1 / math.sqrt(2 * d), generator=generator)
-            draft.eh_proj.weight += torch.cat([torch.eye(d), torch.eye(d)], dim=1)
+            draft.eh_proj.weight += torch.cat([torch.eye(d), size * torch.eye(d)], dim=1)
         borrow_ends(draft, source, ids)
 
 
@@ -167,7 +181,8 @@ def new_draft(
         draft = ArDraft(
             ArConfig(decoder, shape.kind, shape.block_size, target.layer_ids, layers, draft_vocab_size)
         )
-        initialise_autoregressive(draft, target, ids, seed)
+        size = stream_size(target, sequences) if shape.kind == "mtp" else 1.0
+        initialise_autoregressive(draft, target, ids, seed, size)
         return draft
     rank = 0 if shape.kind == "dflash" else shape.rank
     config = DraftConfig(

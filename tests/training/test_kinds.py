@@ -16,7 +16,7 @@ from training.batch_pass import BatchPass
 from training.checkpoint import load_draft
 from training.data import TargetPass, make_batches
 from training.evaluate import acceptance, speculate
-from training.initialisation import KINDS, new_draft
+from training.initialisation import KINDS, new_draft, stream_size
 from training.loss import named_losses
 from training.target import TargetModel
 from training.train import train
@@ -57,6 +57,32 @@ def test_all_kinds_train_on_the_same_data_and_report(folder, sequences, tmp_path
         assert (draft.markov_head is not None, draft.confidence_head is not None) == (kind == "dspark",) * 2
         assert draft.config.vocab_out == 50 and draft.config.target_layer_ids == replace(SHAPE, kind=kind).layers_of(3)
     assert len({(h["blocks"], h["greedy_blocks"]) for h in held.values()}) == 1  # judged on the same blocks
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_mtp_begins_with_a_stream_as_large_as_the_targets(folder, sequences, factor):
+    """A target whose stream is 30 times as large: what its layer adds must not drown what eh_proj puts in."""
+    shape, d = replace(SHAPE, kind="mtp", depth=1), 32
+    target = TargetModel.from_pretrained(folder, (2,))
+    with torch.no_grad():
+        target.embed_tokens.weight.mul_(factor)
+        for layer in target.layers:
+            layer.self_attn.o_proj.weight.mul_(factor), layer.mlp.down_proj.weight.mul_(factor)
+    size = stream_size(target, sequences)
+    assert size == stream_size(target, sequences[::-1]) and 0.5 * factor < size < 5 * factor
+    draft = new_draft(target, sequences, shape, 1)
+    fed = torch.randn(50, d)
+    normed = fed * fed.pow(2).mean(-1, keepdim=True).rsqrt()
+    stream = draft.eh_proj(torch.cat([torch.zeros(50, d), normed], dim=-1))
+    assert float(stream.detach().pow(2).mean().sqrt()) == pytest.approx(size, rel=0.05)
+    settings = replace(SETTINGS, loss=named_losses("", "mtp"))
+    ids, batch = draft.draft_to_target(), make_batches(sequences, 400, 1024)[0]
+    losses = []
+    for weight in (draft.eh_proj.weight.clone(), draft.eh_proj.weight / torch.tensor([1.0, size]).repeat_interleave(d)):
+        draft.eh_proj.weight.data = weight.detach()
+        run = BatchPass(target, draft, TargetPass(target, ids, 10**8), settings)
+        losses.append(float(run(batch, 0, torch.Generator().manual_seed(0))[1].total.detach()))
+    assert losses[0] < losses[1] - 0.2 or factor == 1
 
 
 @pytest.mark.parametrize("kind", AUTOREGRESSIVE)
