@@ -128,8 +128,8 @@ def initialise_autoregressive(
 
     eagle3: fc = the deepest feature; the feature's half of q, k and v is the target's with its input norm folded in.
     mtp: eh_proj adds up both normed inputs, the feature at the target's `size` (stream_size): a layer adds to the stream
-    as much as it did in the target, and would drown a smaller one. lm_head as of a parallel draft. Layers of another family than the draft's
-    are no start: then they are PyTorch's own.
+    as much as it did in the target, and would drown a smaller one. lm_head as of a parallel draft. Layers of another
+    family than the draft's are no start: then they are PyTorch's own.
     """
     generator = torch.Generator().manual_seed(seed)
     source = target.state_dict()
