@@ -111,8 +111,13 @@ def accept_section(results: list[dict]) -> str:
 
 
 def peers_section(files: list[Path]) -> str:
-    rows, meta = cells.read(files[0])
-    rows = rows or json.loads(files[0].read_text())
+    """A table a run (`--out build/peers-16.json` and the like): loading every engine at once takes memory and time."""
+    return "\n\n".join(map(peers_run, (file for file in files if not file.name.endswith(".meta.json"))))
+
+
+def peers_run(file: Path) -> str:
+    rows, meta = cells.read(file)
+    rows = rows or json.loads(file.read_text())
     where = f"{machine_line(meta['machine'])}, {meta['date'][:10]}:\n`{meta['command']}`\n\n" if "machine" in meta else ""
     return where + findings.peers(rows)
 
@@ -220,7 +225,7 @@ SECTIONS = {  # page: {section: (result files in build/, files -> section; "" le
         "scheduling": ("scheduling.json", from_json(with_origin(findings.scheduling))),
         "calibration": ("calibration/*.json", from_json(with_origin(findings.calibration))),
         "accept": ("acceptance*.json", from_all(accept_section)),
-        "peers": ("peers.json", peers_section),
+        "peers": ("peers*.json", peers_section),
         "equality": ("equality.json", from_json(equality_section)),
         "training": ("training.json", from_json(with_origin(training.said))),
         "heads": ("heads-compared/eval.json", from_json(heads_section)),

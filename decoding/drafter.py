@@ -101,16 +101,17 @@ class Drafter:
         """
         if not any(s.speculative for s in rows):
             return None
-        ready = np.array([s.speculative and d for s, d in zip(rows, decode)])
-        load = self._load(rows, decode, ready, prefill)
+        wanting = [s.speculative and d for s, d in zip(rows, decode)]
+        load = self._load(rows, decode, sum(wanting), prefill)
         started = perf_counter()
         wanted = min(self.scheduler.draft(load), load.requests) if load.requests else 0
         self.metrics.add("schedule", perf_counter() - started)
         if not wanted:
             waiting = [s.pending_rows for s in rows]
             if max(waiting) >= 2 * self.token_budget or (self.limits and sum(waiting) >= self.limits.kept_rows):
-                self._backbone(rows, 0, len(rows), ready)
+                self._backbone(rows, 0, len(rows), np.array(wanting))
             return None
+        ready = np.array(wanting)
         self.metrics.probes += self.scheduler.probing
         first, count = (0, len(rows)) if wanted == load.requests else self._window(ready, wanted)
         drafted = ready.copy()
@@ -148,10 +149,10 @@ class Drafter:
         return Draft(first, block, drafted, num_draft, sample_index, logits, survival)
 
     @staticmethod
-    def _load(rows: list[Sequence], decode: list[bool], ready: ndarray, prefill: int) -> RoundLoad:
-        requests, decoding = int(ready.sum()), sum(decode)
+    def _load(rows: list[Sequence], decode: list[bool], requests: int, prefill: int) -> RoundLoad:
+        """requests: those that may have a draft."""
         longest = max((s.target_length for s, d in zip(rows, decode) if d), default=0)
-        return RoundLoad(requests, decoding - requests, prefill, float(longest))
+        return RoundLoad(requests, sum(decode) - requests, prefill, float(longest))
 
     def _window(self, ready: ndarray, wanted: int) -> tuple[int, int]:
         """(first row, rows): a stretch of rows that holds `wanted` requests to draft for, another one at each probe."""

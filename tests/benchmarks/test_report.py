@@ -59,10 +59,13 @@ def test_results_fill_their_sections_and_the_others_stay(tmp_path):
     peer = dict(peer="another", version="3", variant="bf16", precision="bf16", schedule=None, streams=1, runs=2)
     peer |= dict(total_tok_s=5.0, decode_tok_s=6.0, ratio_to_ours_same_precision=None, ratio_to_ours_best=0.5)
     (build / "peers.json").write_text(json.dumps([peer]))
+    (build / "peers-16.json").write_text(json.dumps([peer | {"streams": 16, "total_tok_s": 7.0}]))
+    (build / "peers-16.meta.json").write_text(json.dumps(META | {"command": "the second command"}))
     main(build, tmp_path)
     made = page(tmp_path, "docs/results.md")
     assert "in 4 of 4 cells, and faster than both in 4 (in 4 by" in made and "the lowest ratio is 1.100" in made
     assert "| maths | 1 | lagged | 9.9 |" in made and "| another 3 | bf16 |  | 1 | 2 | 5.0 |" in made and "a cpu, 2 cores" in made
+    assert "| another 3 | bf16 |  | 16 | 2 | 7.0 |" in made and "`the second command`" in made
     for link in ("images/pareto.png", "images/budget.png"):
         assert link in made and (tmp_path / "docs" / link).is_file()
     section = before.split("<!-- equality:begin -->")[1]
