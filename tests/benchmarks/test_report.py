@@ -60,7 +60,8 @@ def test_results_fill_their_sections_and_the_others_stay(tmp_path):
     peer |= dict(total_tok_s=5.0, decode_tok_s=6.0, ratio_to_ours_same_precision=None, ratio_to_ours_best=0.5)
     (build / "peers.json").write_text(json.dumps([peer]))
     (build / "peers-16.json").write_text(json.dumps([peer | {"streams": 16, "total_tok_s": 7.0}]))
-    (build / "peers-16.meta.json").write_text(json.dumps(META | {"command": "the second command"}))
+    second = {"machine": META["machine"], "date": "2026-01-02", "command": "the second command"}
+    (build / "peers-16.meta.json").write_text(json.dumps(second))
     main(build, tmp_path)
     made = page(tmp_path, "docs/results.md")
     assert "in 4 of 4 cells, and faster than both in 4 (in 4 by" in made and "the lowest ratio is 1.100" in made
