@@ -18,6 +18,7 @@ from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
+OLD = 2  # blocks of the pool that stay when the loop has run empty while the draft is skipped
 NEW = 4  # blocks that the pool takes up until it is searched again: every round from four requests on
 # Rounds' worth of loss until the draft is skipped, with one request (shared by more of them), and at least: a pool of 24
 # blocks is a noisy witness, and with one request the same one for 24 rounds.
@@ -84,6 +85,10 @@ class Lagged(LoadAware):
 
     def idle(self) -> None:
         self._last = None
+        if self._skipping:  # what comes next may be of another kind: look at once, and let few old blocks speak
+            while self._pooled > OLD:
+                self._pooled -= len(self._pool.popleft())
+            self._found, self._gained, self._wait, self._since = None, {}, FIRST_WAIT, FIRST_WAIT
 
     # -- whether to draft --------------------------------------------------------------------------------------------
 

@@ -340,3 +340,20 @@ def test_no_requests():
         scheduler = make(name, sps=COSTLY)
         assert scheduler.draft(RoundLoad(0, plain=3, context=64)) == 0
         assert scheduler.lengths(state(np.zeros((0, G)))).tolist() == []
+
+
+def test_after_a_pause_of_the_traffic_a_skipped_draft_is_looked_at_again():
+    """One user whose texts never pay, then, once the loop has run empty, texts that do: the draft is taken up again within a
+    few rounds. Without the pause the next probe, and with it the change, is far away."""
+    slow, waits = table(lambda n: 10.0 + 0.5 * n, draft=3.0), {}
+    for paused in (True, False):
+        scheduler = Lagged(slow)
+        rounds(scheduler, BAD[:1], 400)
+        while not rounds(scheduler, BAD[:1], 1)[0]:
+            pass  # until a probe: the next one is as far away as can be
+        assert scheduler._skipping
+        if paused:
+            scheduler.idle()
+            assert scheduler._pooled <= 2
+        waits[paused] = next(k for k in range(400) if (rounds(scheduler, GOOD[:1], 1), not scheduler._skipping)[1])
+    assert waits[True] <= 8 and 2 * waits[True] < waits[False], waits
