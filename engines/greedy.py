@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from .base import VerifyBatch, VerifyResult
 
+
 def is_plain(batch: VerifyBatch) -> bool:
     """No edits, filters, noise, draws or log-probs: the first four fields say all."""
     return not len(batch.wide_rows) and not len(batch.log_prob_rows)
