@@ -11,7 +11,6 @@ from decoding.loop import Loop
 from decoding.metrics import Metrics
 from decoding.request import Request, SamplingParams, Sequence
 from decoding.schedule import Fixed, NoDraft, Threshold
-from engines import greedy
 from export.reference import keep, softmax
 from tests.bundles import tiny_bundle
 from tests.decoding.drive import drive, prompts, tokens
@@ -95,8 +94,8 @@ def test_plain_requests_are_judged_as_in_the_company_of_others(tiny, monkeypatch
     """The short way (every request wants its argmax alone) against that of mixed batches, with prompts in pieces."""
     requests = [Request(i, text, SamplingParams(20)) for i, text in enumerate(prompts(9, seed=8))]
     run = lambda: finished(drive(Loop(tiny, Jagged(), max_requests=batch, token_budget=9), requests))
-    calls, short_way, made = [], greedy.plain, Sequence.__post_init__
-    monkeypatch.setattr(greedy, "plain", lambda *args, **named: calls.append(1) or short_way(*args, **named))
+    calls, short_way, made = [], Judge._plain, Sequence.__post_init__
+    monkeypatch.setattr(Judge, "_plain", lambda *args: calls.append(1) or short_way(*args))
     short = run()
     assert len(calls) > 20
     monkeypatch.setattr(Sequence, "__post_init__", lambda s: made(s) or setattr(s, "plain", False))
