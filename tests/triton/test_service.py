@@ -320,8 +320,14 @@ def test_a_held_back_response_is_one_sample_of_the_gap(service):
     assert sink.over.wait(60)
     wait_until(lambda: len(notes.nexts) == len([r for r in sink.rounds if r.output_ids]) - 1, "the samples")
     assert len(notes.nexts) <= 2 and sum(count for _, count in notes.nexts) == 30 - len(sink.rounds[0].output_ids)
-    at = [step.at for step in notes.steps if step.outputs]
-    assert sum(seconds for seconds, _ in notes.nexts) == pytest.approx(at[-1] - at[0]), "from the first tokens to the last"
+    decoded = [(step.at, len(output.token_ids)) for step in notes.steps for output in step.outputs]
+    told, first = 0, len(sink.rounds[0].output_ids)  # the first response holds each round decoded before the sender woke
+    for begin, count in decoded:
+        told += count
+        if told >= first:
+            break
+    assert told == first, "a response ends with a round"
+    assert sum(seconds for seconds, _ in notes.nexts) == pytest.approx(decoded[-1][0] - begin), "from the first tokens to the last"
 
 
 def test_a_broken_observer_ends_nothing(service):
