@@ -23,14 +23,11 @@ from engines.pack import pack_target
 from .drafter import Draft, Drafter
 from .judge import Judge, Verdicts
 from .metrics import Metrics, Split
+from .passes import Pass, plan
 from .request import Limits, Request, RequestError, Sequence, validate
 from .schedule import Scheduler
 from .trace import Observer, RoundTrace
 from .twins import Twins
-
-# Decode rows and long prefill chunks share one target pass unless more than this many (empty slots x cache positions)
-# would be attended for nothing; then they take two passes, which read the weights twice.
-WASTE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,6 @@ class Output:
     stats: RoundStats | None = None
     error: str | None = None
     log_probs: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Rows first_row .. first_row + len(counts) - 1 of one target pass; counts: tokens fed, 0 = only in the way."""
-
-    first_row: int
-    counts: list[int]
 
 
 class Loop:
@@ -243,33 +232,22 @@ class Loop:
         """Cache positions of the longest active request after one more block."""
         return max(s.target_length for s in self._rows) + self.G + 1
 
-    def _plan(self, draft: Draft | None) -> list[_Pass]:
-        """Tokens fed for each row: decode rows all, prefill rows what the budget leaves; in one pass, or two where the
-        empty slots beside a long chunk would cost more than reading the weights again."""
+    def _plan(self, draft: Draft | None) -> list[Pass]:
+        """Tokens fed for each row, decode rows all, prefill rows what the budget leaves; in as many passes as pay."""
         num_draft = draft.num_draft.tolist() if draft else [0] * len(self._rows)
-        counts = [1 + n if s.decoding else 0 for s, n in zip(self._rows, num_draft)]
+        decode = [s.decoding for s in self._rows]
+        counts = [1 + n if d else 0 for d, n in zip(decode, num_draft)]
+        if all(decode):
+            return [Pass(0, counts)]
         # Prefill never starves: at least an eighth of the budget is its own.
-        left, decode = max(self.token_budget - sum(counts), self.token_budget // 8, 1), [n > 0 for n in counts]
+        left = max(self.token_budget - sum(counts), self.token_budget // 8, 1)
         for row, s in enumerate(self._rows):
             if not decode[row] and left > 0:
                 counts[row] = min(s.prompt_length - s.target_length, left)
                 left -= counts[row]
-        empty = len(counts) * max(counts) - sum(counts)
-        if not any(decode) or all(d or not n for d, n in zip(decode, counts)):
-            return [self._span(counts)]
-        if empty * self.engines.target_capacity <= WASTE:
-            return [self._span(counts)]
-        return [
-            self._span([n if d else 0 for n, d in zip(counts, decode)]),
-            self._span([0 if d else n for n, d in zip(counts, decode)]),
-        ]
+        return plan(counts, decode, self.engines.target_capacity, self.engines.pass_worth)
 
-    @staticmethod
-    def _span(counts: list[int]) -> _Pass:
-        used = [row for row, n in enumerate(counts) if n]
-        return _Pass(used[0], counts[used[0] : used[-1] + 1])
-
-    def _run(self, work: _Pass, draft: Draft | None) -> list[Output]:
+    def _run(self, work: Pass, draft: Draft | None) -> list[Output]:
         """Target, verify and commit for the rows of one pass."""
         here = slice(work.first_row, work.first_row + len(work.counts))
         rows = self._rows[here]
@@ -305,7 +283,7 @@ class Loop:
     def _commit(
         self,
         rows: list[Sequence],
-        work: _Pass,
+        work: Pass,
         draft: Draft | None,
         num_draft: ndarray,
         result: TargetResult,

@@ -225,6 +225,7 @@ class PassLimits:
 class Engines(Protocol):
     """A loaded bundle. Not thread safe: one thread drives it. `verify_rows`: wide rows that one verify call should have
     at most (what stays in this machine's caches), None = any number. `pass_limits`: None = passes of any size.
+    `pass_worth`: empty slots x cache positions that take as long as one more pass (decoding/passes.py).
     Logits, features, hidden states and distributions need not be numpy's (engines/arrays.py says what they can do);
     ids, counts and statistics are, and may be waited for when they are first read.
 
@@ -241,6 +242,7 @@ class Engines(Protocol):
     draft_capacity: int
     verify_rows: int | None
     pass_limits: PassLimits | None
+    pass_worth: int
 
     def target(self, batch: TargetBatch) -> TargetResult: ...
 

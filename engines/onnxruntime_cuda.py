@@ -46,11 +46,14 @@ TO_HOST = {
     "draft_tokens", "draft_indices", "confidence_logits", "accepted", "next_tokens", "complete", "log_probs"
 }  # fmt: skip
 _NOTHING = np.zeros(1)  # where empty arrays lie
+PASS_WORTH = 1 << 15  # not measured: a GPU's slots are cheaper than a CPU's
 
 
 class DeviceEngines:
     """`engines.base.Engines` on `device`. Raises BundleError, one sentence, where there is no such GPU, no provider for
     it, or a node of a graph that would run on the CPU. `assignment`: {graph: its nodes with their providers}."""
+
+    pass_worth = PASS_WORTH
 
     def __init__(self, bundle: Bundle, device: Device, *, threads: int | None = None):
         t, d, specs = bundle.target, bundle.draft, bundle.engines

@@ -47,6 +47,7 @@ TO_HOST = ("draft_tokens", "draft_indices", "confidence_logits", "accepted", "ne
 GRAPHS = 32  # recorded launches an engine
 KEPT_PASSES = 2  # feature rows that may wait for the draft, in passes of the largest size
 LEAST_CAPACITY = 256
+PASS_WORTH = 1 << 15  # not measured: a GPU's slots are cheaper than a CPU's
 
 
 class TensorRtEngines:
@@ -54,6 +55,8 @@ class TensorRtEngines:
 
     Raises BundleError for a bundle that does not fit this machine, before anything is opened; DeviceError or
     DeviceMemoryError, one sentence, for what goes wrong on the GPU, then and later."""
+
+    pass_worth = PASS_WORTH
 
     def __init__(self, bundle: Bundle, *, device: int = 0, graphs: int = GRAPHS):
         api, plans = check_bundle(bundle, device)
