@@ -117,6 +117,37 @@ def data(
 
 
 @app.command()
+def ask(
+    target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
+    bundle: Annotated[Path, typer.Option(help="the target's bundle, whose engines write")],
+    out: Annotated[Path, typer.Option(help="JSONL to write, lines with prompt and kind")],
+    count: Annotated[int, typer.Option(help="beginnings that the target goes on from")] = 3000,
+    seed: int = 21,
+    temperature: float = 0.9,
+    max_new: Annotated[int, typer.Option(help="tokens of a question at most; longer ones are dropped")] = 110,
+) -> None:
+    """Prompts that the target writes itself (training/self_asked.py), for `data --source`."""
+    from training.answers import Asking, from_engines
+    from training.prompts import write_prompts
+    from training.sampling import ChatTokens
+    from training.self_asked import beginnings, jobs, questions
+    from training.checkpoint import checkpoint_hash
+
+    try:
+        begun, tokens = list(beginnings(count, seed)), ChatTokens(target)
+        asked = jobs(begun, tokens, temperature=temperature, max_new=max_new)
+        written = from_engines(bundle, checkpoint_hash(target), asked, Asking(seed))
+        ended = ((begun[job.index], tokens.decode(ids), bool(len(ids) and ids[-1] == tokens.eos)) for job, ids in written)
+        chosen = list(questions(ended, seed))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_prompts(out, chosen)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"{len(chosen)} prompts from {count} beginnings: {out}")
+
+
+@app.command()
 def train(
     target: Annotated[Path, typer.Option(help="Hugging Face folder of the target")],
     data: Annotated[Path, typer.Option(help="folder that `generate` wrote")],

@@ -27,6 +27,9 @@ PREFILL_GROUP = 8
 C_STEP = 32
 
 
+_HERE = "<<here>>"
+
+
 @dataclass(frozen=True)
 class Job:
     """One sequence to sample: `tokens` is the prompt; everything random comes from (seed, index)."""
@@ -213,8 +216,9 @@ class ChatTokens:
 
     def unfinished(self, text: str) -> list[int]:
         """The same, cut right behind `text`: the target goes on as the user."""
-        rendered = self.template.render(messages=[{"role": "user", "content": text}], add_generation_prompt=False)
-        return self.encode(rendered[: rendered.rindex(text) + len(text)])
+        messages = [{"role": "user", "content": text + _HERE}]  # a mark, because `text` may be empty
+        rendered = self.template.render(messages=messages, add_generation_prompt=False)
+        return self.encode(rendered[: rendered.rindex(_HERE)])
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -130,6 +130,12 @@ def test_folder_holds_every_prompt_with_its_answer(folder, tmp_path):
     assert all(s.tokens.dtype == np.int32 for s in sequences)
 
 
+def test_an_unfinished_turn_may_be_empty(folder):
+    chat = ChatTokens(folder)
+    none, begun, whole = chat.unfinished(""), chat.unfinished("w1 w2"), chat.question("w1 w2")
+    assert begun == [*none, *chat.encode("w1 w2")] and whole[: len(begun)] == begun and len(none) < len(begun) < len(whole)
+
+
 def test_a_stopped_run_goes_on(folder, tmp_path):
     file = prompt_file(tmp_path)
     run(folder, tmp_path / "whole", file)
