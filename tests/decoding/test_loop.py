@@ -70,6 +70,17 @@ def test_long_prompt_beside_decoding_takes_its_own_pass(tiny):
     assert any([w.first_row for w in p] == [0, 4] for p in passes if len(p) == 2)
 
 
+def test_prompts_of_unlike_lengths_take_passes_of_their_own(tiny):
+    texts = [prompts(1, low=n, high=n + 1, seed=n)[0] for n in (5, 150, 6, 7, 200)]
+    todo = requests(texts, temperature=1.0, max_tokens=12)
+    want = tokens(drive(Loop(tiny, Fixed(), max_requests=1), todo))
+    loop, passes = Loop(tiny, Fixed(), max_requests=8), []
+    plan = loop._plan
+    loop._plan = lambda draft: passes.append(plan(draft)) or passes[-1]
+    assert tokens(drive(loop, todo)) == want
+    assert [w.first_row for w in passes[0]] == [0, 1, 2, 4]
+
+
 def test_a_long_prompt_is_handed_to_the_draft_in_pieces(tiny):
     """Nobody decodes meanwhile: the draft's context must not wait for the end of the prompt."""
     todo = requests(prompts(2, low=300, high=301), temperature=1.0)
