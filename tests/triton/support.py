@@ -22,6 +22,7 @@ from decoding.schedule import make
 from export.__main__ import export
 from tests.tiny import make_draft, make_target
 from triton_repo import control
+from triton_repo.families import REASONS
 from triton_repo.metrics import PERIOD_SECONDS
 from triton_repo.placement import Placement
 from triton_repo.repository import Settings
@@ -173,6 +174,12 @@ def settled_metrics(server: TritonServer) -> dict[str, float]:
 def emitted(server: TritonServer) -> int:
     """Tokens decoded since the server's start."""
     return int(settled_metrics(server)["dspark_emitted_tokens_total"])
+
+
+def ended(server: TritonServer) -> dict[str, float]:
+    """Requests that have ended since the server's start, by finish reason."""
+    metrics = settled_metrics(server)
+    return {reason: metrics[f'dspark_requests_total{{finish_reason="{reason}"}}'] for reason in REASONS}
 
 
 def int32(*values: int) -> np.ndarray:
