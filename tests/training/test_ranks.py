@@ -92,7 +92,7 @@ def test_two_processes_have_the_loss_curve_of_one(alone, data, tmp_path):
     """Three batches a step: the last of them finds one process without a share in some steps."""
     folder = make_target(tmp_path / "target", vocab=64, layers=3)
     done = torchrun(2, folder, data, tmp_path / "two", ema=0.7)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:6000]
     assert ranks_of(done.stdout) == ["rank 0: 12 steps", "rank 1: 12 steps"]
     assert all(mine == every for mine, every in kept(done.stdout))
     same_run(alone, tmp_path / "two")
@@ -102,7 +102,7 @@ def test_sharded_weights_give_the_same_run_across_a_stop(alone, data, tmp_path):
     """FSDP2: stopped after step 5 and resumed; each process keeps half of the optimiser's state."""
     folder = make_target(tmp_path / "target", vocab=64, layers=3)
     done = torchrun(2, folder, data, tmp_path / "two", 5, again=True, sharding="fsdp2", ema=0.7)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:6000]
     assert ranks_of(done.stdout) == [f"rank {r}: {steps} steps" for r in (0, 1) for steps in (12, 5)]
     assert len(kept(done.stdout)) == 2 and all(0.4 < mine / every < 0.6 for mine, every in kept(done.stdout))
     same_run(alone, tmp_path / "two")
@@ -111,7 +111,7 @@ def test_sharded_weights_give_the_same_run_across_a_stop(alone, data, tmp_path):
 def test_one_process_that_is_told_to_stop_stops_all_and_the_run_is_saved(sequences, data, tmp_path):
     folder = make_target(tmp_path / "target", vocab=64, layers=3)
     done = torchrun(2, folder, data, tmp_path / "run", 5)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:6000]
     assert ranks_of(done.stdout) == ["rank 0: 5 steps", "rank 1: 5 steps"]
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["step"] == 5
 
