@@ -139,6 +139,8 @@ def ask(
         written = from_engines(bundle, checkpoint_hash(target), asked, Asking(seed))
         ended = ((begun[job.index], tokens.decode(ids), bool(len(ids) and ids[-1] == tokens.eos)) for job, ids in written)
         chosen = list(questions(ended, seed))
+        if not chosen:
+            raise ValueError(f"none of {count} beginnings became a question of at most max_new = {max_new} tokens; give more of both.")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_prompts(out, chosen)
     except (ValueError, OSError) as error:
