@@ -50,12 +50,14 @@ Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "int8-block64", "
 Emulated = Enum("Emulated", {name: name for name in TENSORRT_DTYPES}, type=str)
 
 
-def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: int | None = None) -> list[Graph]:
+def build_graphs(
+    target, draft, *, dtype: str, max_context: int, static_cache: int | None = None, native: bool = False
+) -> list[Graph]:
     """The five graphs in the order of the round. target, draft: models, or sources (sources.py), whose weights are read
     as the graphs are saved. dtype: a key of HALF for TensorRT's form (static_cache: its caches' fixed length), one of
-    DTYPES for ONNX Runtime's."""
+    DTYPES for ONNX Runtime's. native: int8 by the operators of engines/kernels."""
     graphs = [
-        build_target(target, max_context, static_cache=static_cache),
+        build_target(target, max_context, static_cache=static_cache, native=native),
         *draft_graphs(draft, max_context, static_cache=static_cache),
         build_confidence(draft),
         build_verify(draft.config.block_size, target.config.vocab_size, draft.draft_to_target().numpy()),
@@ -67,8 +69,8 @@ def build_graphs(target, draft, *, dtype: str, max_context: int, static_cache: i
             to_half(graph, dtype)
             continue
         if dtype != "fp32":
-            quantize(graph, blocks=dtype == "int8-block64" and graph.name == "target")
-        lower(graph)
+            quantize(graph, blocks=native or dtype == "int8-block64" and graph.name == "target")
+        lower(graph, native=native)
     return graphs
 
 

@@ -20,6 +20,7 @@ from .arrays import Array, Lazy
 OPSET = 24
 IR_VERSION = 11
 MICROSOFT = "com.microsoft"
+DSPARK = "dspark"  # engines/kernels
 INLINE_BYTES = 1024  # smaller initializers stay in model.onnx, where shape inference can read them
 DATA_ALIGNMENT = 64
 
@@ -157,8 +158,8 @@ class Graph:
             self.nodes, self.name, [value_info(s) for s in self.inputs], [value_info(s) for s in self.outputs], tensors
         )
         opsets = [helper.make_opsetid("", OPSET)]
-        if any(node.domain == MICROSOFT for node in every_node(self.nodes)):
-            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        used = {node.domain for node in every_node(self.nodes)}
+        opsets += [helper.make_opsetid(domain, 1) for domain in (MICROSOFT, DSPARK) if domain in used]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="dspark-triton", ir_version=IR_VERSION)
         onnx.save(model, folder / "model.onnx")
         onnx.checker.check_model(str(folder / "model.onnx"))

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from onnx import NodeProto, helper
 
+from . import lower_native
 from .arrays import applied
 from .graph import MICROSOFT, Graph
 from .idle_draws import lower_idle_draws
@@ -18,12 +19,14 @@ from .idle_draws import lower_idle_draws
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in 8 bits, scaled per row and block
 
 
-def lower(g: Graph) -> None:
-    """Rewrites `g` in place."""
+def lower(g: Graph, *, native: bool = False) -> None:
+    """Rewrites `g` in place. native: products by 8-bit weights are those of engines/kernels."""
     if g.name == "target":
         lower_attention(g)
     lower_swish(g)
     lower_skip_norms(g)
+    if native:
+        lower_native.lower(g)
     lower_integer_matmuls(g)
     lower_block_matmuls(g)
     g.prune()

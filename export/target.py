@@ -13,6 +13,7 @@ from training.target import TargetModel
 from .decoder import Weights, cache_write, rms_norm
 from .graph import Graph
 from .layers import embedded, finish, head, layer_inputs
+from .packed_slots import PackedSlots
 from .slots import GroupedSlots, SeparateSlots, fits_grouped
 
 # int8 form of QKV, o_proj and down_proj: a few of their input channels are huge, and one 8-bit step a row would be too
@@ -20,11 +21,14 @@ from .slots import GroupedSlots, SeparateSlots, fits_grouped
 OUTLIERS = "block"
 
 
-def build_target(model: TargetModel, max_context: int, *, static_cache: int | None = None) -> Graph:
+def build_target(
+    model: TargetModel, max_context: int, *, static_cache: int | None = None, native: bool = False
+) -> Graph:
     """The graph of docs/structures.md, "target". `model` gives the weights and the feature layer ids.
 
     static_cache: TensorRT's form, whose caches have this fixed length and are sliced to the mask's C positions before
     attention. None: the caches' length is the mask's C (ONNX Runtime, where the slice would copy the cache).
+    native: attention is engines/kernels' own operator, where the model fits it.
     """
     c, g = model.config, Graph("target")
     w = Weights(g, model.state_dict())
@@ -36,7 +40,9 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
     mask = g.input("mask", "float32", ("R", 1, "Q", "C"))
     logit_rows = g.input("logit_rows", "int64", ("M",))
     at = (pad_index, pack_index, position_ids, mask)
-    slots = slots_of_each(g, c, max_context, at, grouped=static_cache is None and fits_grouped(c, max_context))
+    packed = PackedSlots(g, c, max_context, write_index, *at[1:]) if native and PackedSlots.fits(c) else None
+    grouped = static_cache is None and fits_grouped(c, max_context)
+    slots = [None] * c.num_hidden_layers if packed else slots_of_each(g, c, max_context, at, grouped)
 
     x = embedded(w, c, token_ids)
     own = layer_inputs(w, c, token_ids, x)
@@ -45,13 +51,16 @@ def build_target(model: TargetModel, max_context: int, *, static_cache: int | No
         layer, attn = f"layers.{i}", f"layers.{i}.self_attn"
         h = rms_norm(w, x, f"{layer}.input_layernorm", c.rms_norm_eps)
         heads = w.linear(h, *(f"{attn}.{p}_proj" for p in projections(shape, i)), int8=OUTLIERS)
-        if shape.source == i:
+        if packed is not None:
+            attended = packed.attend(w, heads, i)
+        elif shape.source == i:
             q, k, v = form.spread(w, heads, attn)
             k, v = cache_write(g, shape, i, k, v, write_index)
             kept[i] = (k, v) if static_cache is None else tuple(slice_cache(g, cache, mask) for cache in (k, v))
+            attended = form.attend(q, *kept[i])
         else:
-            q = form.queries(w, heads, attn)
-        x = finish(w, c, layer, x, form.attend(q, *kept[shape.source]), own[i], int8=OUTLIERS)
+            attended = form.attend(form.queries(w, heads, attn), *kept[shape.source])
+        x = finish(w, c, layer, x, attended, own[i], int8=OUTLIERS)
         features[i] = x
     last = rms_norm(w, g.op("Gather", x, logit_rows), "norm", c.rms_norm_eps)
     head(w, c, last, "logits", int8="row-or-none")
