@@ -104,7 +104,7 @@ def measure(
     path, rows, wall = str(bundle.folder / bundle.engines[engine].path), [], 0.0
     for profiled in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            options = session_options(threads)
+            options = session_options(threads, library=bundle.library)
             options.enable_profiling = profiled
             options.profile_file_prefix = str(Path(folder) / "trace")
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

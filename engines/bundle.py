@@ -14,6 +14,7 @@ from typing import Any
 from .contract import compare, contract
 from .hashes import HashCache
 from .manifest import FORMAT_VERSION, REMAKE, BundleError, get, read, update_manifest
+from .native import KernelsSpec
 from .specs import DRAFT_KINDS, ENGINE_NAMES, DraftSpec, EngineSpec, TargetSpec, TensorSpec, engine_specs, spec_of
 
 __all__ = [
@@ -45,6 +46,7 @@ class Bundle:
     sps: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     tensorrt: dict[str, Any] | None = None
+    kernels: KernelsSpec | None = None
 
     def temperatures(self, sampled: bool) -> tuple[float, ...]:
         """[G] temperatures of the confidence logits of sampled or of greedy requests; 1.0 in a bundle without any."""
@@ -83,6 +85,7 @@ class Bundle:
             sps=raw.get("sps"),
             calibration=raw.get("calibration"),
             tensorrt=get(raw, "tensorrt", dict, file) if "tensorrt" in raw else None,
+            kernels=KernelsSpec.of(get(raw, "kernels", dict, file), f"{file}: kernels") if "kernels" in raw else None,
         )
         bundle._check(file)
         if check_hashes:
@@ -124,17 +127,30 @@ class Bundle:
             raise BundleError(f"{file}: calibration is {self.calibration!r}, it must be an object; {_RECALIBRATE}.")
         check_calibration(self.calibration, self, str(file), key)
 
+    @property
+    def library(self) -> Path | None:
+        """The bundle's own CPU operators, where its graphs call any."""
+        return self.folder / self.kernels.path if self.kernels else None
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """{engine, "kernels": sha256} of what computes: a speed that was measured holds for these."""
+        kernels = {"kernels": self.kernels.sha256} if self.kernels else {}
+        return {name: spec.sha256 for name, spec in self.engines.items()} | kernels
+
     def _check_hashes(self) -> None:
         verdicts = HashCache()
-        for name, spec in self.engines.items():
+        files = [(self.library, self.kernels.sha256)] if self.kernels else []
+        for spec in self.engines.values():
             path = self.folder / spec.path
-            for file, want in ((path, spec.sha256), (path.with_name(path.name + ".data"), spec.data_sha256)):
-                if want is None:
-                    continue
-                if not file.is_file():
-                    raise BundleError(f"{file} is missing although the manifest hashes it; {REMAKE}.")
-                if verdicts.sha256(file) != want:
-                    raise BundleError(f"{file} is not the file the manifest describes (sha256 differs); {REMAKE}.")
+            files += [(path, spec.sha256), (path.with_name(path.name + ".data"), spec.data_sha256)]
+        for file, want in files:
+            if want is None:
+                continue
+            if not file.is_file():
+                raise BundleError(f"{file} is missing although the manifest hashes it; {REMAKE}.")
+            if verdicts.sha256(file) != want:
+                raise BundleError(f"{file} is not the file the manifest describes (sha256 differs); {REMAKE}.")
         verdicts.save()
 
 

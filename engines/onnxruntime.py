@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy import ndarray
 
-from . import greedy, hugepages
+from . import greedy, hugepages, native
 from .autoregressive import RowsBatch, StepsBatch
 from .base import (
     BackboneBatch,
@@ -46,6 +46,7 @@ SPIN_US = 200
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
 PASS_WORTH = 7 << 10  # measured for SmolLM2 on two cores, prompts of 8 to 64 tokens beside 1 to 15 rows
+PACKED_PASS_WORTH = 1 << 20  # attention over packed rows does nothing for an empty slot
 _NOTHING = np.zeros(1)  # where empty arrays lie
 KEPT_BYTES = 1 << 15  # inputs up to this size are copied to a place that stays bound, larger ones are bound where they lie
 
@@ -53,14 +54,13 @@ KEPT_BYTES = 1 << 15  # inputs up to this size are copied to a place that stays 
 class OnnxRuntimeEngines:
     """`engines.base.Engines` on ONNX Runtime. `threads`: None = the physical cores this process may use."""
 
-    pass_worth = PASS_WORTH
-
     def __init__(self, bundle: Bundle, *, threads: int | None = None, log_severity: int = 3):
         t, d = bundle.target, bundle.draft
         self.bundle = bundle
         self.verify_rows, self.pass_limits = max(1, VERIFY_BYTES // (4 * t.vocab_size)), None
         self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
-        options = session_options(self.threads, log_severity)
+        self.pass_worth = PACKED_PASS_WORTH if bundle.library else PASS_WORTH
+        options = session_options(self.threads, log_severity, bundle.library)
         self.target_caches = Caches(t.cache_shapes, cache_dtype(bundle.engines["target"]))
         self.draft_caches = Caches(d.cache_shapes, cache_dtype(bundle.engines["backbone"]))
         caches = {"target": self.target_caches, "backbone": self.draft_caches, "markov": self.draft_caches}
@@ -238,14 +238,16 @@ class Binding:
             self.places[name] = place
 
 
-def session_options(threads: int, log_severity: int = 3) -> ort.SessionOptions:
+def session_options(threads: int, log_severity: int = 3, library: Path | None = None) -> ort.SessionOptions:
     """`threads` intra-op threads, one operator at a time. Five sessions share the cores: an idle thread spins for
     SPIN_US, long enough for the next operator and for the host's part of a round, too short to be in the way of the next
-    session. `log_severity` 3 = errors only, 2 = warnings too."""
+    session. `log_severity` 3 = errors only, 2 = warnings too. library: the bundle's operators."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = log_severity
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    if library:
+        native.register(options, library)
     return options
 
 

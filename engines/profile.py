@@ -200,7 +200,7 @@ def profile(engines: Engines, *, write: bool = True, **options: Any) -> dict[str
         "hardware": hardware(),
         "threads": engines.threads,
         "provider": engines.provider,
-        "engines": {name: spec.sha256 for name, spec in engines.bundle.engines.items()},
+        "engines": engines.bundle.hashes,
         **table,
     }
     if write:

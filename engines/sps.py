@@ -163,9 +163,10 @@ def check(bundle: Bundle, *, threads: int, provider: str) -> None:
         here, there = hardware(), dict(sps["hardware"])
         if here != there:
             raise BundleError(f"{name}: the SPS table was taken on {_say(there)}, this is {_say(here)}; {_PROFILE}.")
-        for engine, spec in bundle.engines.items():
-            if sps["engines"].get(engine) != spec.sha256:
-                raise BundleError(f"{name}: the SPS table was taken with another {engine} engine; {_PROFILE}.")
+        for engine, sha256 in bundle.hashes.items():
+            if sps["engines"].get(engine) != sha256:
+                what = "other kernels" if engine == "kernels" else f"another {engine} engine"
+                raise BundleError(f"{name}: the SPS table was taken with {what}; {_PROFILE}.")
         for key, value in (("threads", threads), ("provider", provider)):
             if sps[key] != value:
                 raise BundleError(f"{name}: the SPS table was taken with {key} {sps[key]!r}, this is {value!r}; {_PROFILE}.")

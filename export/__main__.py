@@ -26,6 +26,7 @@ from .bundle import (
     copy_tokenizer,
     draft_entry,
     engine_entry,
+    file_hash,
     kept_calibration,
     load_models,
     open_sources,
@@ -36,6 +37,7 @@ from .bundle import (
 from .compile import Planner, PlanOptions
 from .graph import Graph
 from .heads import build_confidence, build_markov
+from .kernels import LIBRARY, KernelsError, library
 from .lower_onnxruntime import lower
 from .parity import check_parity
 from .precision import HALF, emulated, to_half
@@ -47,6 +49,7 @@ from .weight_only import weights_only
 AUTO = "auto"
 Backend = Enum("Backend", {name: name for name in (*DTYPES, AUTO)}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("fp32", "int8", "int8-block64", "fp16", "bf16")}, type=str)
+Kernels = Enum("Kernels", {name: name for name in (AUTO, "native", "onnxruntime")}, type=str)
 Emulated = Enum("Emulated", {name: name for name in TENSORRT_DTYPES}, type=str)
 
 
@@ -84,12 +87,13 @@ def draft_graphs(draft, max_context: int, *, static_cache: int | None = None) ->
 def export(
     target: Path, draft: Path, out: Path, *, backend: str = "onnxruntime", dtype: str | None = None,
     max_context: int | None = None, options: PlanOptions = PlanOptions(), parity: bool = True,
-    emulate: str | None = None, console: Console | None = None,
+    emulate: str | None = None, kernels: str = AUTO, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Writes the bundle `out` and checks it. backend "auto": TensorRT where it loads, else TensorRT-RTX; dtype None:
     the backend's first (DTYPES); options: for a TensorRT only. parity: compare with PyTorch, which takes both models in
     float32 and more; without it, weights pass through memory one by one. emulate: a TensorRT dtype; the bundle is then
-    one for ONNX Runtime in fp32 whose graphs round as that dtype's do.
+    one for ONNX Runtime in fp32 whose graphs round as that dtype's do. kernels: whose operators int8 takes on ONNX Runtime, "native"
+    (engines/kernels, compiled now), "onnxruntime", or "auto": native where they compile.
 
     Raises ValueError or FileNotFoundError with one sentence."""
     backend = default_backend() if backend == AUTO else backend
@@ -99,6 +103,7 @@ def export(
     if emulate and (backend, dtype) != ("onnxruntime", "fp32"):
         raise ValueError(f"emulate is {emulate!r}; it needs backend onnxruntime and dtype fp32, not {backend} {dtype}.")
     planner = None if backend == "onnxruntime" else Planner.of(backend, options)  # refuses before anything is read
+    compiled = kernels_for(kernels, backend, dtype, console)
     precision = emulate or dtype
     precision = "w8a16" if precision == "int8" and (planner or emulate) else precision
     with written_whole(out) as partial:
@@ -107,7 +112,9 @@ def export(
                 *sources, max_context = open_sources(target, draft, max_context)
             limits = planner and planner.limits(*sources, max_context)
             cache = limits.cache if limits else None
-            graphs = build_graphs(*sources, dtype=precision, max_context=max_context, static_cache=cache)
+            graphs = build_graphs(*sources, dtype=precision, max_context=max_context, static_cache=cache, native=bool(compiled))
+            if compiled:
+                (partial / LIBRARY).write_bytes(compiled)
             check_graphs(graphs, *sources)
             if emulate:
                 graphs = [emulated(graph, precision) for graph in graphs]
@@ -131,8 +138,27 @@ def export(
         write_manifest(
             partial, engines, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=checks,
             calibration=kept_calibration(out, *entries), tensorrt=settings, emulates=emulate,
+            kernels={"path": LIBRARY, "sha256": file_hash(partial / LIBRARY)} if compiled else None,
         )
     console.print(f"wrote {out}")
+
+
+def kernels_for(kernels: str, backend: str, dtype: str, console: Console) -> bytes | None:
+    """The compiled operators, or None for ONNX Runtime's own. Raises ValueError, one sentence, where "native" cannot be had."""
+    if (backend, dtype) != ("onnxruntime", "int8"):
+        if kernels == "native":
+            raise ValueError(f"kernels is 'native'; they are of the backend onnxruntime and dtype int8, not {backend} {dtype}.")
+        return None
+    if kernels == "onnxruntime":
+        return None
+    try:
+        with console.status("compiling the CPU kernels"):
+            return library()
+    except KernelsError as error:
+        if kernels == "native":
+            raise
+        console.print(f"kernels: {error} The bundle takes ONNX Runtime's own operators, which are about half as fast.", highlight=False)
+        return None
 
 
 def said(memory: PeakMemory, *checkpoints: Path) -> str:
@@ -180,6 +206,9 @@ def main(
         None, help="onnxruntime, fp32: graphs that round as TensorRT's of this dtype do, to measure what it costs."
     ),
     device: str = typer.Option("cpu", help="onnxruntime: where it will run; cuda takes fp32 only."),
+    kernels: Kernels = typer.Option(
+        AUTO, help="onnxruntime, int8: native = this project's CPU operators, compiled now; onnxruntime = its own; auto = native where a C++ compiler is."
+    ),
     workspace: float = typer.Option(4.0, help="TensorRT: GPU memory a kernel may take beside its operands, in GB."),
 ) -> None:
     """Export a target and its draft to a bundle, and check every graph against PyTorch."""
@@ -191,7 +220,7 @@ def main(
         precision = dtype and dtype.value
         export(
             target, draft, out, backend=backend.value, dtype=precision, max_context=max_context, options=options,
-            parity=parity, emulate=emulate and emulate.value,
+            parity=parity, emulate=emulate and emulate.value, kernels=kernels.value,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("export: ended; nothing was written.", file=sys.stderr)

@@ -116,9 +116,10 @@ def file_hash(path: Path) -> str:
 def write_manifest(
     bundle: Path, engines: dict[str, dict], target: dict, draft: dict, *, backend: str, dtype: str, max_context: int,
     parity: list[dict], calibration: dict | None = None, tensorrt: dict | None = None, emulates: str | None = None,
+    kernels: dict | None = None,
 ) -> None:  # fmt: skip
     """engines: {name: engine_entry, with `plans` where there are any}; tensorrt: engines/trt/plans.py's settings;
-    emulates: the TensorRT dtype whose roundings an fp32 bundle applies."""
+    emulates: the TensorRT dtype whose roundings an fp32 bundle applies; kernels: path and sha256 of the CPU operators."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -131,6 +132,7 @@ def write_manifest(
         "builder": {**{name: version(name) for name in BUILDER_PACKAGES}, "opset": OPSET},
         "parity": parity,
         **({"emulates": emulates} if emulates else {}),
+        **({"kernels": kernels} if kernels else {}),
         **({"tensorrt": tensorrt} if tensorrt else {}),
         **({"calibration": calibration} if calibration else {}),
     }

@@ -128,6 +128,10 @@ class Graph:
                 readers.setdefault(name, []).append(node)
         return readers
 
+    def calls(self, domain: str) -> bool:
+        """Whether an operator of this domain occurs."""
+        return any(node.domain == domain for node in every_node(self.nodes))
+
     def used_sources(self) -> set[str]:
         """The checkpoint tensors that reach an output of this graph."""
         return {source for sources in self.sources.values() for source in sources}
@@ -158,8 +162,7 @@ class Graph:
             self.nodes, self.name, [value_info(s) for s in self.inputs], [value_info(s) for s in self.outputs], tensors
         )
         opsets = [helper.make_opsetid("", OPSET)]
-        used = {node.domain for node in every_node(self.nodes)}
-        opsets += [helper.make_opsetid(domain, 1) for domain in (MICROSOFT, DSPARK) if domain in used]
+        opsets += [helper.make_opsetid(domain, 1) for domain in (MICROSOFT, DSPARK) if self.calls(domain)]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="dspark-triton", ir_version=IR_VERSION)
         onnx.save(model, folder / "model.onnx")
         onnx.checker.check_model(str(folder / "model.onnx"))

@@ -18,14 +18,16 @@ LANES, MOST = 16, 512  # what the kernels take: half a head in whole vectors, a 
 
 class PackedSlots:
     """CachedAttention(qkv [N, (H + 2 H_kv) * D], cos and sin [P, D / 2], norms of q and k [D] or [0], position_ids [R, Q],
-    write_index [R], pack_index [N], mask [R, 1, Q, C], past key and value [R, H_kv, C, D]) -> [N, H * D], present key and value."""
+    write_index [R], pad_index [R, Q], pack_index [N], mask [R, 1, Q, C], past key and value [R, H_kv, C, D])
+    -> [N, H * D], present key and value."""
 
     def __init__(
-        self, g: Graph, c: DecoderConfig, max_context: int, write_index: str, pack_index: str, position_ids: str, mask: str
-    ):
+        self, g: Graph, c: DecoderConfig, max_context: int, write_index: str, pad_index: str, pack_index: str,
+        position_ids: str, mask: str,
+    ):  # fmt: skip
         self.graph, self.config = g, c
         self.tables = rope_tables(g, c.rope, c.head_dim, max_context)[:2]
-        self.places = position_ids, write_index, pack_index, mask
+        self.places = position_ids, write_index, pad_index, pack_index, mask
 
     @staticmethod
     def fits(c: DecoderConfig) -> bool:

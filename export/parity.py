@@ -22,7 +22,8 @@ from training.draft import DraftModel
 from training.target import PackedBatch, TargetModel
 
 from .gates import gate_of
-from .graph import Graph
+from .graph import DSPARK, Graph
+from .kernels import LIBRARY
 from .heads import ALWAYS_CONFIDENT
 from .parity_steps import Draws, rows_pass, steps_pass
 from .precision import HALF
@@ -70,7 +71,8 @@ class Parity:
         self.run = {}
         for graph in graphs:
             shared = self.run["backbone"].caches if graph.name == "markov" else None  # an autoregressive draft's
-            self.run[graph.name] = Runner(folder / "onnx" / graph.name, graph, len(SPLITS), self.C, shared)
+            kernels = folder / LIBRARY if graph.calls(DSPARK) else None
+            self.run[graph.name] = Runner(folder / "onnx" / graph.name, graph, len(SPLITS), self.C, shared, kernels)
 
     def compare(
         self, engine: str, case: str, got: np.ndarray, want, *, exact: bool = False, argmax: bool = False, gate: str = ""

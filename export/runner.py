@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from engines.native import register
+
 from .graph import Graph
 
 MASKED = np.float32(-1e30)
@@ -17,12 +19,17 @@ LOWEST_HALF = np.float32(-3e4)  # MASKED in float16, where -1e30 would be infini
 
 
 class Runner:
-    """One graph's session on two threads, with caches (if it has any) bound in place; `caches`: another's, to read."""
+    """One graph's session on two threads, with caches (if it has any) bound in place; `caches`: another's, to read; library:
+    the operators of engines/kernels."""
 
-    def __init__(self, folder: Path, graph: Graph, rows: int = 0, length: int = 0, caches: dict | None = None):
+    def __init__(
+        self, folder: Path, graph: Graph, rows: int = 0, length: int = 0, caches: dict | None = None, library: Path | None = None
+    ):
         options = ort.SessionOptions()
         options.intra_op_num_threads = 2
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to who needs them
+        if library is not None:
+            register(options, library)
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
         check_signature(self.session, graph)
         self.inputs = [s for s in graph.inputs if not s.name.startswith("past_key_values.")]

@@ -171,7 +171,7 @@ struct NormMatMul {
 struct CachedAttention {
   static constexpr const char* NAME = "CachedAttention";
   static constexpr ort::Type INPUTS[] = {ort::FLOAT, ort::FLOAT, ort::FLOAT, ort::FLOAT, ort::FLOAT, ort::INT64,
-                                         ort::INT64, ort::INT64, ort::FLOAT, ort::FLOAT, ort::FLOAT};
+                                         ort::INT64, ort::INT64, ort::INT64, ort::FLOAT, ort::FLOAT, ort::FLOAT};
   static constexpr size_t OUTPUTS = 3;
   int64_t H;
   float scale, epsilon;
@@ -180,7 +180,7 @@ struct CachedAttention {
       : H(attribute(info, "heads")), scale(attribute_float(info, "scale")), epsilon(attribute_float(info, "epsilon")) {}
 
   void compute(const Context& c) const {
-    void *norm = c.input(3), *positions = c.input(5), *packed = c.input(7), *past_key = c.input(9);
+    void *norm = c.input(3), *positions = c.input(5), *packed = c.input(8), *past_key = c.input(10);
     const Shape cache = c.shape(past_key), slots = c.shape(positions);
     kernels::Attention a;
     a.tokens = c.shape(packed)[0];
@@ -195,11 +195,15 @@ struct CachedAttention {
     a.position_ids = c.data<int64_t>(positions);
     a.write_index = c.data<int64_t>(c.input(6));
     a.pack_index = c.data<int64_t>(packed);
-    a.mask = c.data<float>(c.input(8));
+    a.mask = c.data<float>(c.input(9));
+    const int64_t* padded = c.data<int64_t>(c.input(7));
     const int64_t rotated = c.shape(c.input(1))[0];
     for (int64_t t = 0; t < a.tokens; t++) {
-      const int64_t at = a.pack_index[t], r = at / a.slots, place = r < slots[0] ? a.write_index[r] + at % a.slots : -1;
-      if (at < 0 || place < 0 || place >= a.C)
+      const int64_t at = a.pack_index[t];
+      if (at < 0 || at >= slots[0] * a.slots || padded[at] != t)
+        throw Failure{"CachedAttention: pack_index holds " + std::to_string(at) + " for token " + std::to_string(t) + ", which is not its slot in pad_index."};
+      const int64_t place = a.write_index[at / a.slots] + at % a.slots;
+      if (place < 0 || place >= a.C)
         throw Failure{"CachedAttention: token " + std::to_string(t) + " would lie at cache position " + std::to_string(place) +
                       "; it must lie in 0.." + std::to_string(a.C - 1) + "."};
       if (a.position_ids[at] < 0 || a.position_ids[at] >= rotated)
@@ -207,7 +211,7 @@ struct CachedAttention {
     }
     float* out = c.output(0, {a.tokens, H * a.D});
     a.keys = present(c, past_key, cache, 1);
-    a.values = present(c, c.input(10), cache, 2);
+    a.values = present(c, c.input(11), cache, 2);
     a.out = out;
     a.queries = reinterpret_cast<float*>(scratch.take(a.tokens * H * a.D * sizeof(float)));
     auto prepare = [&](size_t t) { table->prepare(a, t); };
