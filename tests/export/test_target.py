@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from export.graph import DSPARK
 from export.lower_onnxruntime import lower
 from export.quantize import quantize
 from export.runner import MASKED, Runner
 from export.target import build_target
+from tests.kernels import runner_of
 from tests.tiny import GEMMA4, make_target
 from training.target import PackedBatch, TargetModel
 
 C = 48
-FORMS = ["fp32", "int8", "int8-block64"]
+FORMS = ["fp32", "int8", "int8-block64", "native"]
 
 
 def graph_of(model: TargetModel, folder, form: str = "fp32"):
-    graph = build_target(model, 256)
-    if form != "fp32":
-        quantize(graph, blocks=form == "int8-block64")
-    lower(graph)
+    """form "native-fp32": attention alone is engines/kernels' own."""
+    native = form.startswith("native")
+    graph = build_target(model, 256, native=native)
+    if not form.endswith("fp32"):
+        quantize(graph, blocks=form in ("int8-block64", "native"))
+    lower(graph, native=native)
     graph.save(folder)
     return graph
 
@@ -64,15 +70,64 @@ def test_two_ragged_steps_equal_pytorch(tmp_path, family, options, layer_ids):
         done = [a + b for a, b in zip(done, counts)]
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 160])
+@pytest.mark.parametrize(
+    "family, options", [("llama", {}), ("llama", {"kv_heads": 4}), ("llama", {"kv_heads": 1, "bias": True}), ("qwen3", {}), ("qwen3", {"bias": True})]
+)
+def test_the_kernels_attention_equals_pytorch(tmp_path, family, options, head_dim):
+    """Ragged steps, one of more than sixteen tokens; groups of 1, 2 and 4 heads; heads of one to five pairs of vectors."""
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, head_dim=head_dim, **options), (0, 2))
+    graph = graph_of(model, tmp_path / "graph", "native-fp32")
+    assert sum(node.op_type == "CachedAttention" for node in graph.nodes) == model.config.num_hidden_layers
+    runner, caches, done = runner_of(tmp_path / "graph", graph, 3, C), model.new_caches(3, C), [0, 0, 0]
+    rng = np.random.default_rng(0)
+    for counts in ((9, 4, 13), (2, 11, 1), (1, 1, 1)):
+        batch = PackedBatch.build([rng.integers(0, 64, n).tolist() for n in counts], done, C)
+        want = model(batch, torch.arange(batch.token_ids.numel()), caches)
+        got = run(runner, batch)
+        np.testing.assert_allclose(got["logits"], want.logits.numpy(), atol=3e-5)
+        np.testing.assert_allclose(got["features"], want.features.numpy(), atol=3e-5)
+        done = [a + b for a, b in zip(done, counts)]
+    for (name, cache), own in zip(runner.caches.items(), (c for layer in caches for c in layer)):
+        for r, length in enumerate(done):
+            np.testing.assert_allclose(cache.numpy()[r, :, :length], own.numpy()[r, :, :length], atol=3e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [{"family": "gemma4-12b"}, {"head_dim": 16}], ids=["windows", "short heads"])
+def test_what_the_kernels_attention_does_not_do_is_built_of_standard_operators(tmp_path, options):
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", **options), (0,))
+    ops = {node.op_type for node in build_target(model, 256, native=True).nodes}
+    assert "CachedAttention" not in ops and "Attention" in ops
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(write_index=np.array([C - 2, 0])), f"token 2 would lie at cache position {C}; it must lie in 0..{C - 1}"),
+        (dict(pack_index=np.array([0, 1, 2, 3, 5])), "pack_index holds 5 for token 4, which is not its slot in pad_index"),
+        (dict(position_ids=np.full((2, 3), 5000)), "position_ids holds 5000; it must lie in 0..319"),
+    ],
+)
+def test_the_kernels_attention_refuses_what_lies_outside(tmp_path, change, message):
+    model = TargetModel.from_pretrained(make_target(tmp_path / "target", head_dim=32), (1,))
+    runner = runner_of(tmp_path / "graph", graph_of(model, tmp_path / "graph", "native"), 2, C)
+    batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
+    names = ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")
+    feeds = {name: getattr(batch, name).numpy() for name in names} | change
+    mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
+    with pytest.raises(Exception, match=re.escape(message)):
+        runner(**feeds, mask=mask, logit_rows=np.arange(5))
+
+
 def test_logit_rows_select_packed_rows(tmp_path):
     model = TargetModel.from_pretrained(make_target(tmp_path / "target"), (1,))
     graph = graph_of(model, tmp_path / "graph")
     batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
-    everything = run(Runner(tmp_path / "graph", graph, 2, C), batch)["logits"]
+    everything = run(runner_of(tmp_path / "graph", graph, 2, C), batch)["logits"]
     names = ("token_ids", "pad_index", "pack_index", "position_ids", "write_index")
     feeds = {name: getattr(batch, name).numpy() for name in names}
     mask = np.where(batch.mask.numpy(), np.float32(0), MASKED)
-    some = Runner(tmp_path / "graph", graph, 2, C)(**feeds, mask=mask, logit_rows=np.array([4, 2]))["logits"]
+    some = runner_of(tmp_path / "graph", graph, 2, C)(**feeds, mask=mask, logit_rows=np.array([4, 2]))["logits"]
     np.testing.assert_array_equal(some, everything[[4, 2]])
 
 
@@ -82,7 +137,7 @@ def test_a_pass_may_want_no_logits(tmp_path, form):
     model = TargetModel.from_pretrained(make_target(tmp_path / "target", vocab=256), (1,))
     graph = graph_of(model, tmp_path / "graph", form)
     batch = PackedBatch.build([[1, 2, 3], [4, 5]], [0, 0], C)
-    runner, other = (Runner(tmp_path / "graph", graph, 2, C) for _ in range(2))
+    runner, other = (runner_of(tmp_path / "graph", graph, 2, C) for _ in range(2))
     want = run(other, batch)
     got = run(runner, batch, logit_rows=np.zeros(0, np.int64))
     assert got["logits"].shape == (0, 256)
@@ -130,17 +185,20 @@ def test_grouped_and_separate_slots_agree(tmp_path, kv_heads, qk_norm):
 )
 def test_logits_do_not_depend_on_the_pass(tmp_path, form, family, kv_heads):
     """Bit for bit the same: in a batch, alone, token by token, in blocks of 7, in a larger cache."""
-    model = TargetModel.from_pretrained(make_target(tmp_path / "target", family=family, vocab=256, kv_heads=kv_heads), (1,))
+    head_dim = {"head_dim": 32} if form == "native" else {}  # else it would not fit the kernels' attention
+    folder = make_target(tmp_path / "target", family=family, vocab=256, kv_heads=kv_heads, **head_dim)
+    model = TargetModel.from_pretrained(folder, (1,))
     graph = graph_of(model, tmp_path / "graph", form)
+    assert graph.calls(DSPARK) == (form == "native")
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, 256, n).tolist() for n in (20, 13, 31)]
 
     def chunks(sequence: list[int], size: int, cache: int) -> np.ndarray:
-        runner = Runner(tmp_path / "graph", graph, 1, cache)
+        runner = runner_of(tmp_path / "graph", graph, 1, cache)
         parts = [PackedBatch.build([sequence[i : i + size]], [i], cache) for i in range(0, len(sequence), size)]
         return np.concatenate([run(runner, part)["logits"] for part in parts])
 
-    batched = run(Runner(tmp_path / "graph", graph, 3, 64), PackedBatch.build(sequences, [0, 0, 0], 64))["logits"]
+    batched = run(runner_of(tmp_path / "graph", graph, 3, 64), PackedBatch.build(sequences, [0, 0, 0], 64))["logits"]
     for sequence, rows in zip(sequences, np.split(batched, np.cumsum([len(s) for s in sequences])[:-1])):
         for size, cache in ((31, 64), (1, 64), (7, 64), (7, 192), (7, 256)):
             np.testing.assert_array_equal(chunks(sequence, size, cache), rows)

@@ -1,0 +1,97 @@
+"""Compiling the CPU kernels: what is said where that cannot be done, and what an export makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+import engines
+from engines import BundleError
+from engines.sps import check
+from export import kernels
+from export.__main__ import export
+from tests.tiny import make_draft, make_target
+
+
+@pytest.fixture()
+def pair(tmp_path):
+    target = make_target(tmp_path / "target", head_dim=32)
+    return target, make_draft(tmp_path / "draft", target)
+
+
+def run(pair, out, **options) -> str:
+    text = io.StringIO()
+    export(*pair, out, dtype="int8", max_context=64, parity=False, console=Console(file=text, width=400), **options)
+    return text.getvalue()
+
+
+def test_a_compiler_that_is_not_there_is_named():
+    with pytest.raises(kernels.KernelsError, match=r"there is no compiler 'no-such'; the CPU kernels need a C\+\+ compiler"):
+        kernels.built("no-such")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(kernels.KernelsError, match=r"broken cannot compile the CPU kernels \(x.cc:1: error: no such thing\)"):
+        kernels.built(str(broken))
+
+
+def test_another_machine_is_named(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(kernels.KernelsError, match="this is Linux aarch64; the CPU kernels need"):
+        kernels.built("another")
+
+
+def test_without_a_compiler_a_bundle_takes_onnxruntimes_operators(tmp_path, pair, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such")
+    said = run(pair, tmp_path / "bundle")
+    assert "kernels: there is no compiler 'no-such'" in said and "ONNX Runtime's own operators" in said
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert "kernels" not in manifest and not (tmp_path / "bundle" / "kernels.so").exists()
+    opened = engines.load(tmp_path / "bundle", threads=1)
+    assert opened.bundle.library is None and opened.pass_worth == 7 << 10
+    with pytest.raises(ValueError, match="there is no compiler 'no-such'"):
+        run(pair, tmp_path / "other", kernels="native")
+    assert not (tmp_path / "other").exists()
+
+
+def test_native_kernels_are_int8s(pair, tmp_path):
+    with pytest.raises(ValueError, match="kernels is 'native'; they are of the backend onnxruntime and dtype int8, not onnxruntime fp32"):
+        export(*pair, tmp_path / "bundle", dtype="fp32", kernels="native", console=Console(file=io.StringIO()))
+
+
+def test_a_bundle_carries_its_kernels(tmp_path, pair):
+    run(pair, tmp_path / "bundle", kernels="native")
+    opened = engines.load(tmp_path / "bundle", threads=1)
+    bundle = opened.bundle
+    assert bundle.library == tmp_path / "bundle" / "kernels.so" and set(bundle.hashes) == {*bundle.engines, "kernels"}
+    assert opened.pass_worth > 7 << 10
+    with pytest.raises(BundleError, match="device is 'cuda'; int8 products run on the CPU only, export with --dtype fp32"):
+        engines.load(tmp_path / "bundle", device="cuda")
+
+
+def test_another_library_is_refused_before_it_is_loaded(tmp_path, pair):
+    run(pair, tmp_path / "bundle", kernels="native")
+    (tmp_path / "bundle" / "kernels.so").write_bytes(b"not a library")
+    with pytest.raises(BundleError, match=r"kernels.so is not the file the manifest describes \(sha256 differs\)"):
+        engines.load(tmp_path / "bundle")
+    (tmp_path / "bundle" / "kernels.so").unlink()
+    with pytest.raises(BundleError, match="kernels.so is missing although the manifest hashes it"):
+        engines.load(tmp_path / "bundle")
+
+
+def test_a_profile_holds_for_its_kernels_alone(tmp_path, pair):
+    run(pair, tmp_path / "bundle", kernels="native")
+    from dataclasses import replace
+
+    from engines.sps import hardware
+
+    bundle = engines.load(tmp_path / "bundle", threads=1).bundle
+    sps = {"hardware": hardware(), "engines": bundle.hashes | {"kernels": "0"}}
+    with pytest.raises(BundleError, match="the SPS table was taken with other kernels; run make profile"):
+        check(replace(bundle, sps=sps), threads=1, provider="CPUExecutionProvider")
