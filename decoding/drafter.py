@@ -30,7 +30,7 @@ class Draft:
     block: markov's result for these B rows (some may be no real ones: requests in prefill or without a draft);
     drafted [R] bool: rows whose block is a real one; num_draft [R]: how much of it is verified, 0 where there is none;
     sample_index [Rs]: the rows of the B that the block's draft_probs belong to;
-    confidence_logits [B, G], survival [B, G] (calibrated): None where the confidence engine did not run.
+    confidence_logits, confidence [B, G] (calibrated): None where the confidence engine did not run.
     """
 
     first_row: int
@@ -39,7 +39,12 @@ class Draft:
     num_draft: ndarray
     sample_index: ndarray
     confidence_logits: ndarray | None = None
-    survival: ndarray | None = None
+    confidence: ndarray | None = None
+
+    @property
+    def survival(self) -> ndarray | None:
+        """[B, G]: chance that slots 0 .. k are all accepted."""
+        return None if self.confidence is None else np.cumprod(self.confidence, axis=1)
 
     def tokens(self, row: int, count: int) -> list[int]:
         """The first `count` draft tokens of cache row `row`."""
@@ -145,8 +150,7 @@ class Drafter:
             )
         )
         self.metrics.add("schedule", perf_counter() - started)
-        survival = None if confidence is None else np.cumprod(confidence, axis=1)
-        return Draft(first, block, drafted, num_draft, sample_index, logits, survival)
+        return Draft(first, block, drafted, num_draft, sample_index, logits, confidence)
 
     @staticmethod
     def _load(rows: list[Sequence], decode: list[bool], requests: int, prefill: int) -> RoundLoad:

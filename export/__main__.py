@@ -157,7 +157,8 @@ def kernels_for(kernels: str, backend: str, dtype: str, console: Console) -> byt
     except KernelsError as error:
         if kernels == "native":
             raise
-        console.print(f"kernels: {error} The bundle takes ONNX Runtime's own operators, which are about half as fast.", highlight=False)
+        slower = "The bundle takes ONNX Runtime's own operators, which are about half as fast."
+        console.print(f"kernels: {error} {slower}", highlight=False)
         return None
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from decoding.schedule import RoundLoad, RoundState, ScheduleError, make
 from decoding.schedule_aware import Causal, descending, longest, top_k
-from decoding.schedule_lagged import FIRST_WAIT, LONGEST_WAIT, Lagged, affordable, padding, sums
+from decoding.schedule_lagged import FIRST_WAIT, LONGEST_WAIT, Lagged, affordable, affordable_few, padding, sums
 from engines.sps import Sps
 
 G = 4
@@ -188,6 +188,27 @@ def test_affordable_on_a_flat_curve_is_the_budget_and_on_a_line_a_price():
     line = 10.0 + np.arange(7)
     assert affordable(sure, 0.25, 2.0, line) == 6  # each costs .25 tokens
     assert affordable(unsure, 0.25, 2.0, line) == 1
+
+
+def test_a_lone_request_is_decided_like_one_of_many():
+    """In numbers instead of arrays: the same K, for zeros among the survivals, any budget and any cost."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(1, 9))
+        ordered = np.cumprod(rng.choice([0.0, 0.3, 0.8, 0.99, 1.0], n))
+        costs = np.cumsum(rng.random(n + 1))
+        theta, budget = float(rng.random() * 2), float(rng.random() * (n + 1))
+        want = top_k(ordered[None], affordable(ordered, theta, budget, costs), ordered)[0]
+        few = affordable_few(ordered.tolist(), theta, budget, costs.tolist())
+        assert min(few, int((ordered > 0).sum())) == want
+
+
+@pytest.mark.parametrize("room", [0, 2, 9])
+def test_a_lone_request_keeps_to_its_room(room):
+    sure = conditional([[0.99, 0.98, 0.97, 0.0]])
+    scheduler = settled(table(lambda n: 10.0 + 0.01 * n), sure)
+    scheduler.draft(RoundLoad(1, context=64))
+    assert scheduler.lengths(state(sure, room=room)).tolist() == [min(room, 3)]
 
 
 def test_lagged_looks_back_two_rounds():
