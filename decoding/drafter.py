@@ -68,6 +68,8 @@ def markov_batch(
     """Of the B `members`, those with a real draft (`drafted` [B]) get the randomness of their accept rule."""
     drawn = [i for i, s in enumerate(members) if s.drawn and drafted[i]]
     coupled = [i for i, s in enumerate(members) if s.coupled and drafted[i]]
+    if not drawn and not coupled:
+        return MarkovBatch.greedy(backbone.hidden, backbone.base_logits, anchors, vocab_size, G)
     prepare_draft([members[i].stream for i in drawn], G)
     temperatures = lambda at: np.array([members[i].temperature for i in at], np.float32)
     noise = [members[i].noise(G) for i in coupled]

@@ -90,9 +90,7 @@ class MarkovBatch:
         cls, hidden: ndarray, base_logits: ndarray, anchor_ids: ndarray, vocab_size: int, block_size: int | None = None
     ) -> MarkovBatch:
         """Nothing drawn, nothing matched. vocab_size: V; block_size: G, where base_logits do not show it."""
-        G, none, no_floats = block_size or base_logits.shape[1], np.zeros(0, np.int64), np.zeros(0, np.float32)
-        uniforms, noise = np.zeros((0, G), np.float32), np.zeros((0, G, vocab_size), np.float32)
-        return cls(hidden, base_logits, anchor_ids, none, no_floats, uniforms, none, no_floats, noise)
+        return cls(hidden, base_logits, anchor_ids, *_no_draws(block_size or base_logits.shape[1], vocab_size))
 
 
 @dataclass(frozen=True)
@@ -172,6 +170,16 @@ class VerifyBatch:
         """Every list empty. draft_vocab_size: V_d."""
         lists = _no_lists(draft_tokens.shape[1], logits.shape[1], draft_vocab_size)
         return cls(logits=logits, row_index=row_index, draft_tokens=draft_tokens, num_draft=num_draft, **lists)
+
+
+@cache
+def _no_draws(G: int, V: int) -> tuple[ndarray, ...]:
+    """What a MarkovBatch draws with, all empty; as _no_lists."""
+    none, no_floats = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    made = none, no_floats, np.zeros((0, G), np.float32), none, no_floats, np.zeros((0, G, V), np.float32)
+    for array in made:
+        array.setflags(write=False)
+    return made
 
 
 @cache

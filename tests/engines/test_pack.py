@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from engines.pack import pack_backbone, pack_target
 
@@ -54,3 +55,33 @@ def test_a_token_each_is_packed_as_any_ragged_batch_is():
 def test_a_prompt_of_one_token_without_logits_takes_the_long_way():
     batch, _, logit_starts = pack_target([[7], [8]], np.array([0, 3]), np.array([0, 1]), 16, 100)
     assert batch.logit_rows.tolist() == [1] and logit_starts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("tokens, wanted, length", [([5, 6, 7], 3, 4), ([5, 6, 7], 1, 4), ([5, 6, 7], 0, 0), ([5], 0, 9), (list(range(9)), 9, 57)])
+def test_a_lone_request_is_packed_as_any_ragged_batch_is(tokens, wanted, length):
+    """The first of two of the same length, without the other's rows."""
+    numbers = lambda *values: np.array(values, np.int64)
+    lone, starts, logit_starts = pack_target([tokens], numbers(length), numbers(wanted), 64, 60, 2)
+    both, _, _ = pack_target([tokens, tokens], numbers(length, length), numbers(wanted, wanted), 64, 60, 2)
+    n = len(tokens)
+    assert starts.tolist() == logit_starts.tolist() == [0] and lone.first_row == 2
+    np.testing.assert_array_equal(lone.token_ids, both.token_ids[:n])
+    np.testing.assert_array_equal(lone.pack_index, both.pack_index[:n])
+    np.testing.assert_array_equal(lone.logit_rows, both.logit_rows[:wanted])
+    for name in ("pad_index", "position_ids", "write_index", "mask"):
+        np.testing.assert_array_equal(getattr(lone, name), getattr(both, name)[:1], err_msg=name)
+        assert getattr(lone, name).dtype == getattr(both, name).dtype
+
+
+@pytest.mark.parametrize("count, length", [(0, 3), (1, 0), (4, 20), (5, 56)])
+def test_a_lone_block_is_packed_as_one_of_many(count, length):
+    numbers, B = lambda *values: np.array(values, np.int64), 4
+    rows = np.arange(3 * count, dtype=np.float32).reshape(count, 3)
+    lone = pack_backbone([[rows]], numbers(count), numbers(length), numbers(7), B, 64, 60, 1)
+    both = pack_backbone([[rows], [rows]], numbers(count, count), numbers(length, length), numbers(7, 7), B, 64, 60, 1)
+    np.testing.assert_array_equal(lone.features, rows)
+    for name in ("anchor_ids", "position_ids", "block_position_ids", "write_index", "mask"):
+        np.testing.assert_array_equal(getattr(lone, name), getattr(both, name)[:1], err_msg=name)
+    context, block = both.pad_index[0, :count], both.pad_index[0, count:] - count  # the other's context lies between
+    np.testing.assert_array_equal(lone.pad_index[0], [*context, *block])
+    assert lone.first_row == both.first_row == 1
