@@ -95,7 +95,7 @@ class Lagged(LoadAware):
     def draft(self, load: RoundLoad) -> int:
         R, self.probing, self._paused = load.requests, False, self._skipping
         self.expect(True, None)
-        if not self._skipping or self._since % FRESH == 0:
+        if self._skipping and self._since % FRESH == 0:
             self._found = None
         if not R or not self._pool:
             return R

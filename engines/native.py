@@ -32,4 +32,4 @@ def register(options: ort.SessionOptions, library: Path) -> None:
     try:
         options.register_custom_ops_library(str(library.resolve()))
     except Exception as error:  # ONNX Runtime raises its own unrelated types
-        raise BundleError(f"{library}: {str(error).splitlines()[0]} ({REMAKE})") from error
+        raise BundleError(f"{library}: {str(error).splitlines()[0]}; {REMAKE}.") from error

@@ -190,6 +190,16 @@ def test_affordable_on_a_flat_curve_is_the_budget_and_on_a_line_a_price():
     assert affordable(unsure, 0.25, 2.0, line) == 1
 
 
+def test_a_search_lasts_until_four_blocks_are_new(monkeypatch):
+    scheduler, searched = settled(table(lambda n: 10.0 + 0.01 * n), conditional([[0.9, 0.8, 0.7, 0.6]]), 12), []
+    monkeypatch.setattr("decoding.schedule_lagged.sums", lambda *a: searched.append(1) or sums(*a))
+    rounds = 16
+    for _ in range(rounds):
+        scheduler.draft(RoundLoad(1, context=64))
+        scheduler.lengths(state(conditional([[0.9, 0.8, 0.7, 0.6]])))
+    assert len(searched) in (rounds // 4, rounds // 4 + 1)
+
+
 def test_a_lone_request_is_decided_like_one_of_many():
     """In numbers instead of arrays: the same K, for zeros among the survivals, any budget and any cost."""
     rng = np.random.default_rng(0)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 import engines
 from engines import BundleError
-from engines.sps import check
+from engines.sps import check, hardware
 from export import kernels
 from export.__main__ import export
+from tests.kernels import kernels as compiled
 from tests.tiny import make_draft, make_target
 
 
@@ -23,6 +27,8 @@ def pair(tmp_path):
 
 
 def run(pair, out, **options) -> str:
+    if options.get("kernels") == "native" and "CXX" not in os.environ:
+        compiled()
     text = io.StringIO()
     export(*pair, out, dtype="int8", max_context=64, parity=False, console=Console(file=text, width=400), **options)
     return text.getvalue()
@@ -85,12 +91,20 @@ def test_another_library_is_refused_before_it_is_loaded(tmp_path, pair):
         engines.load(tmp_path / "bundle")
 
 
+def test_a_library_that_does_not_load_is_said_in_one_sentence(tmp_path, pair):
+    run(pair, tmp_path / "bundle", kernels="native")
+    (tmp_path / "bundle" / "kernels.so").write_bytes(b"not a library")
+    file = tmp_path / "bundle" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["kernels"]["sha256"] = hashlib.sha256(b"not a library").hexdigest()
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="kernels.so: .*; export the bundle again") as refused:
+        engines.load(tmp_path / "bundle", threads=1)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_profile_holds_for_its_kernels_alone(tmp_path, pair):
     run(pair, tmp_path / "bundle", kernels="native")
-    from dataclasses import replace
-
-    from engines.sps import hardware
-
     bundle = engines.load(tmp_path / "bundle", threads=1).bundle
     sps = {"hardware": hardware(), "engines": bundle.hashes | {"kernels": "0"}}
     with pytest.raises(BundleError, match="the SPS table was taken with other kernels; run make profile"):

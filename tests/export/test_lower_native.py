@@ -16,7 +16,7 @@ from export.lower_native import PANEL, pack_panels
 from export.lower_onnxruntime import lower
 from export.quantize import BLOCK, quantize, quantize_blocks
 from export.target import build_target
-from tests.kernels import runner_of
+from tests.kernels import kernels, runner_of
 from tests.tiny import make_target
 from training.target import TargetModel
 
@@ -130,8 +130,6 @@ np.save(sys.argv[4], session.run(None, {"x": np.load(sys.argv[3])})[0])
 
 def test_both_instruction_sets_give_the_same_bits(tmp_path):
     """Integers are exact and the float32 sums in one order; on a CPU without AVX-512 VNNI the two are one."""
-    from tests.kernels import kernels
-
     graph = graph_of("plain", 200, 70, np.random.default_rng(0).standard_normal((200, 70), dtype=np.float32))
     graph.save(tmp_path)
     np.save(tmp_path / "x.npy", feeds_of("plain", 21, 200)["x"])
