@@ -208,7 +208,7 @@ def main(
     ),
     device: str = typer.Option("cpu", help="onnxruntime: where it will run; cuda takes fp32 only."),
     kernels: Kernels = typer.Option(
-        AUTO, help="onnxruntime, int8: native = docs/kernels.md's operators, compiled now; onnxruntime = its own; auto = native if a compiler is there."
+        AUTO, help="onnxruntime, int8: native = docs/kernels.md's operators, compiled now; auto = those, if a compiler is there."
     ),
     workspace: float = typer.Option(4.0, help="TensorRT: GPU memory a kernel may take beside its operands, in GB."),
 ) -> None:
