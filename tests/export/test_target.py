@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +95,25 @@ def test_the_kernels_attention_equals_pytorch(tmp_path, family, options, head_di
     for (name, cache), own in zip(runner.caches.items(), (c for layer in caches for c in layer)):
         for r, length in enumerate(done):
             np.testing.assert_allclose(cache.numpy()[r, :, :length], own.numpy()[r, :, :length], atol=3e-5, err_msg=name)
+
+
+def one_pass(folder: Path) -> np.ndarray:
+    """The logits of the target in folder/target, attention by the kernels."""
+    model = TargetModel.from_pretrained(folder / "target", (1,))
+    runner = runner_of(folder / "graph", graph_of(model, folder / "graph", "native-fp32"), 2, C)
+    rng = np.random.default_rng(0)
+    return run(runner, PackedBatch.build([rng.integers(0, 64, n).tolist() for n in (21, 5)], [0, 0], C))["logits"]
+
+
+@pytest.mark.parametrize("head_dim", [32, 96])
+def test_the_kernels_attention_is_the_same_with_the_narrower_instruction_set(tmp_path, head_dim):
+    """On a CPU without AVX-512 VNNI the two are one."""
+    make_target(tmp_path / "target", family="qwen3", head_dim=head_dim)
+    wide = one_pass(tmp_path)
+    script = "import sys, numpy as np; from pathlib import Path; from tests.export.test_target import one_pass; f = Path(sys.argv[1])"
+    command = [sys.executable, "-c", f"{script}; np.save(f / 'narrow.npy', one_pass(f))", str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"DSPARK_KERNELS_AVX2": "1"}, cwd=Path(__file__).parents[2], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "narrow.npy"), wide, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{"family": "gemma4-12b"}, {"head_dim": 16}], ids=["windows", "short heads"])
