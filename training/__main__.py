@@ -128,6 +128,7 @@ def ask(
 ) -> None:
     """Prompts that the target writes itself (training/self_asked.py), for `data --source`."""
     from training.answers import Asking, from_engines
+    from training.generate import progress
     from training.prompts import write_prompts
     from training.sampling import ChatTokens
     from training.self_asked import beginnings, jobs, questions
@@ -136,7 +137,7 @@ def ask(
     try:
         begun, tokens = list(beginnings(count, seed)), ChatTokens(target)
         asked = jobs(begun, tokens, temperature=temperature, max_new=max_new)
-        written = from_engines(bundle, checkpoint_hash(target), asked, Asking(seed))
+        written = progress(from_engines(bundle, checkpoint_hash(target), asked, Asking(seed)), len(asked), "questions")
         ended = ((begun[job.index], tokens.decode(ids), bool(len(ids) and ids[-1] == tokens.eos)) for job, ids in written)
         chosen = list(questions(ended, seed))
         if not chosen:
