@@ -47,7 +47,7 @@ def built(named: str) -> bytes:
         for (name, wide), into in zip(SETS.items(), objects):
             run(compiler, *FLAGS, f"-DISA={name}", *wide, "-c", SOURCES / "kernels.cc", "-o", into)
         run(compiler, *FLAGS, "-c", SOURCES / "ops.cc", "-o", objects[-1])
-        run(compiler, "-shared", "-static-libstdc++", "-static-libgcc", *objects, "-o", into.with_name(LIBRARY))
+        run(compiler, "-shared", *objects, "-o", into.with_name(LIBRARY))
         return into.with_name(LIBRARY).read_bytes()
 
 
