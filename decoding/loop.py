@@ -293,6 +293,9 @@ class Loop:
     ) -> list[Output]:
         """Advances lengths (a rejected suffix is undone by not counting it), keeps features, emits tokens."""
         outputs = []
+        features, own = result.features, draft is None and sum(s.speculative for s in rows) > 1
+        if own:  # nothing of it will be rejected: one copy for all
+            features = features.copy()
         for i, (s, count) in enumerate(zip(rows, work.counts)):
             if not count:
                 continue
@@ -309,7 +312,7 @@ class Loop:
             if not s.decoding:
                 self.metrics.prompt_tokens += count
             if s.speculative:
-                s.keep(result.features[starts[i] : starts[i] + n])
+                s.keep(features[starts[i] : starts[i] + n], own)
             s.target_length += n
             if new:
                 outputs.append(self._emit(s, new, stats, verified.log_probs[i]))

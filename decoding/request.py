@@ -233,9 +233,10 @@ class Sequence:
         """[count, V] Gumbel noise for the tokens after the newest one, of a request with `coupled`."""
         return self._noise.rows(len(self.tokens), count)
 
-    def keep(self, features: ndarray) -> None:
-        """Copies feature rows [n, L*d] of the newest committed context until the draft's next pass."""
-        self.pending.append(features.copy())
+    def keep(self, features: ndarray, own: bool = False) -> None:
+        """Feature rows [n, L*d] of the newest committed context, until the draft's next pass. own: nobody will write them
+        again; else they are copied."""
+        self.pending.append(features if own else features.copy())
         self.pending_rows += len(features)
 
     def waiting(self, rows: int) -> list[ndarray]:
