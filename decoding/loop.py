@@ -293,8 +293,10 @@ class Loop:
     ) -> list[Output]:
         """Advances lengths (a rejected suffix is undone by not counting it), keeps features, emits tokens."""
         outputs = []
-        features, own = result.features, draft is None and sum(s.speculative for s in rows) > 1
-        if own:  # nothing of it will be rejected: one copy for all
+        # A token each: nothing will be rejected, one copy for all. Beside a prompt it would keep the prompt's rows alive with
+        # whichever request holds its own the longest.
+        features, own = result.features, len(rows) > 1 and all(n == 1 for n in work.counts) and any(s.speculative for s in rows)
+        if own:
             features = features.copy()
         for i, (s, count) in enumerate(zip(rows, work.counts)):
             if not count:

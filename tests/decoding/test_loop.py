@@ -228,3 +228,26 @@ def test_metrics_count(tiny):
 def test_sizes_out_of_range(tiny, field):
     with pytest.raises(ValueError, match=f"{field} is 0"):
         Loop(tiny, Fixed(), **{field: 0})
+
+
+class Idle(Fixed):
+    """Drafts for nobody: all context waits."""
+
+    def draft(self, load):
+        return 0
+
+
+def test_waiting_context_keeps_no_prompt_of_another_alive(tiny):
+    """Rows that wait may share memory with those of their own rounds only."""
+    loop = Loop(tiny, Idle(), max_requests=3, token_budget=40)
+    for request in requests(prompts(9, low=20), max_tokens=12):
+        loop.add(request)
+    seen, rows = 0, loop.max_requests
+    while loop.has_work:
+        loop.step()
+        for s in loop._rows:
+            for piece in s.pending:
+                whole = piece if piece.base is None else piece.base
+                seen += whole.nbytes > piece.nbytes
+                assert whole.nbytes <= max(piece.nbytes, rows * piece.nbytes // len(piece))
+    assert seen  # some do

@@ -132,3 +132,11 @@ def test_waiting_context_is_handed_over_in_parts():
     assert (sequence.draft_length, sequence.pending_rows, [len(p) for p in sequence.pending]) == (4, 1, [1])
     sequence.injected(1)
     assert (sequence.draft_length, sequence.pending_rows, sequence.pending) == (5, 0, [])
+
+
+def test_rows_that_nobody_writes_again_are_kept_as_they_are():
+    sequence = Sequence(Request(0, (1, 2, 3), SamplingParams(4)), speculative=True, limits=Limits(64, 64))
+    copied, own = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
+    sequence.keep(copied), sequence.keep(own, True)
+    copied += 1
+    assert not sequence.waiting(2)[0].any() and sequence.waiting(2)[1] is own
