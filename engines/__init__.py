@@ -34,7 +34,10 @@ def load(
         return TensorRtEngines(bundle, device=place.index if place else 0)
     if place is not None and place.kind == "cuda":
         if bundle.kernels:
-            raise BundleError(f"{bundle_folder}: device is {device!r}; int8 products run on the CPU only, export with --dtype fp32.")
+            raise BundleError(
+                f"{bundle_folder}: device is {device!r}; its kernels run on the CPU only, "
+                f"export with --dtype fp32 --kernels onnxruntime."
+            )
         from .onnxruntime_cuda import DeviceEngines
 
         return DeviceEngines(bundle, place, threads=threads)

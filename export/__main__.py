@@ -92,8 +92,8 @@ def export(
     """Writes the bundle `out` and checks it. backend "auto": TensorRT where it loads, else TensorRT-RTX; dtype None:
     the backend's first (DTYPES); options: for a TensorRT only. parity: compare with PyTorch, which takes both models in
     float32 and more; without it, weights pass through memory one by one. emulate: a TensorRT dtype; the bundle is then
-    one for ONNX Runtime in fp32 whose graphs round as that dtype's do. kernels: whose operators int8 takes on ONNX Runtime, "native"
-    (engines/kernels, compiled now), "onnxruntime", or "auto": native where they compile.
+    one for ONNX Runtime in fp32 whose graphs round as that dtype's do. kernels: whose operators a CPU takes, "native"
+    (engines/kernels, compiled now; fp32: attention alone), "onnxruntime", or "auto": int8 native where they compile.
 
     Raises ValueError or FileNotFoundError with one sentence."""
     backend = default_backend() if backend == AUTO else backend
@@ -145,12 +145,10 @@ def export(
 
 def kernels_for(kernels: str, backend: str, dtype: str, console: Console) -> bytes | None:
     """The compiled operators, or None for ONNX Runtime's own. Raises ValueError, one sentence, where "native" cannot be had."""
-    if (backend, dtype) != ("onnxruntime", "int8"):
-        if kernels == "native":
-            raise ValueError(f"kernels is 'native'; they are of the backend onnxruntime and dtype int8, not {backend} {dtype}.")
-        return None
-    if kernels == "onnxruntime":
-        return None
+    if kernels == "native" and (backend != "onnxruntime" or dtype not in ("int8", "fp32")):
+        raise ValueError(f"kernels is 'native'; they are of the backend onnxruntime and dtype int8 or fp32, not {backend} {dtype}.")
+    if kernels != "native" and (kernels == "onnxruntime" or (backend, dtype) != ("onnxruntime", "int8")):
+        return None  # fp32 bundles are for GPUs too, which the kernels are not
     try:
         with console.status("compiling the CPU kernels"):
             return library()
@@ -208,7 +206,7 @@ def main(
     ),
     device: str = typer.Option("cpu", help="onnxruntime: where it will run; cuda takes fp32 only."),
     kernels: Kernels = typer.Option(
-        AUTO, help="onnxruntime, int8: native = docs/kernels.md's operators, compiled now; auto = those, if a compiler is there."
+        AUTO, help="CPU, int8 or fp32: native = docs/kernels.md's operators, compiled now; auto = those for int8, if a compiler is there."
     ),
     workspace: float = typer.Option(4.0, help="TensorRT: GPU memory a kernel may take beside its operands, in GB."),
 ) -> None:

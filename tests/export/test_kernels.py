@@ -66,9 +66,18 @@ def test_without_a_compiler_a_bundle_takes_onnxruntimes_operators(tmp_path, pair
     assert not (tmp_path / "other").exists()
 
 
-def test_native_kernels_are_int8s(pair, tmp_path):
-    with pytest.raises(ValueError, match="kernels is 'native'; they are of the backend onnxruntime and dtype int8, not onnxruntime fp32"):
-        export(*pair, tmp_path / "bundle", dtype="fp32", kernels="native", console=Console(file=io.StringIO()))
+def test_native_kernels_are_of_two_dtypes(pair, tmp_path):
+    message = "kernels is 'native'; they are of the backend onnxruntime and dtype int8 or fp32, not onnxruntime int8-block64"
+    with pytest.raises(ValueError, match=message):
+        export(*pair, tmp_path / "bundle", dtype="int8-block64", kernels="native", console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("kernels", ["native", "auto"])
+def test_fp32_takes_the_kernels_attention_when_asked(pair, tmp_path, kernels):
+    compiled()
+    export(*pair, tmp_path / "bundle", dtype="fp32", max_context=64, kernels=kernels, console=Console(file=io.StringIO()))
+    bundle = engines.load(tmp_path / "bundle", threads=1).bundle
+    assert bool(bundle.library) == (kernels == "native") and bundle.parity
 
 
 def test_a_bundle_carries_its_kernels(tmp_path, pair):
@@ -77,7 +86,7 @@ def test_a_bundle_carries_its_kernels(tmp_path, pair):
     bundle = opened.bundle
     assert bundle.library == tmp_path / "bundle" / "kernels.so" and set(bundle.hashes) == {*bundle.engines, "kernels"}
     assert opened.pass_worth > 7 << 10
-    with pytest.raises(BundleError, match="device is 'cuda'; int8 products run on the CPU only, export with --dtype fp32"):
+    with pytest.raises(BundleError, match="device is 'cuda'; its kernels run on the CPU only, export with --dtype fp32"):
         engines.load(tmp_path / "bundle", device="cuda")
 
 
