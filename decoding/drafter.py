@@ -120,9 +120,11 @@ class Drafter:
             return None
         ready = np.array(wanting)
         self.metrics.probes += self.scheduler.probing
-        first, count = (0, len(rows)) if wanted == load.requests else self._window(ready, wanted)
-        drafted = ready.copy()
-        drafted[:first] = drafted[first + count :] = False
+        first, count, drafted = 0, len(rows), ready
+        if wanted < load.requests:
+            first, count = self._window(ready, wanted)
+            drafted = ready.copy()
+            drafted[:first] = drafted[first + count :] = False
         here = slice(first, first + count)
         members = rows[here]
         anchors, context, backbone = self._backbone(rows, first, count, drafted[here])
@@ -135,13 +137,13 @@ class Drafter:
             batch = ConfidenceBatch(backbone.hidden, block.markov_embeddings)
             result = self.metrics.timed("confidence", self.engines.confidence, batch, "confidence_logits")
             logits = result.confidence_logits
-            kind = np.array([s.temperature > 0 for s in members], np.int64)
+            kinds = [int(s.temperature > 0) for s in members]
+            kind = kinds[0] if len(set(kinds)) == 1 else np.array(kinds)
             confidence = sigmoid(logits / self._temperatures[kind] + self._biases[kind])
         started = perf_counter()
-        num_draft = np.zeros(len(rows), np.int64)
-        at = np.flatnonzero(drafted)
-        real = at - first
-        num_draft[at] = self.scheduler.lengths(
+        at = [i for i, d in enumerate(drafted.tolist()) if d]
+        real = slice(None) if len(at) == count else np.array(at) - first
+        lengths = self.scheduler.lengths(
             RoundState(
                 confidence=np.ones((len(at), self.G), np.float32) if confidence is None else confidence[real],
                 threshold=np.array([_threshold(rows[i]) for i in at]),
@@ -152,6 +154,10 @@ class Drafter:
             )
         )
         self.metrics.add("schedule", perf_counter() - started)
+        num_draft = lengths
+        if len(at) < len(rows):
+            num_draft = np.zeros(len(rows), np.int64)
+            num_draft[at] = lengths
         return Draft(first, block, drafted, num_draft, sample_index, logits, confidence)
 
     @staticmethod

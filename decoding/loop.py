@@ -184,8 +184,11 @@ class Loop:
         spent = Split(*(b - a for a, b in zip(before, metrics.split())))
         if draft is not None:
             self._twins.drafted()
-            drafted = int(draft.num_draft.sum())
-            self.scheduler.observe(draft.num_draft[draft.drafted], np.array(self._accepted)[draft.drafted])
+            verified, accepted = draft.num_draft, np.array(self._accepted)
+            drafted = sum(verified.tolist())
+            if not all(decode) or not draft.drafted.all():
+                verified, accepted = verified[draft.drafted], accepted[draft.drafted]
+            self.scheduler.observe(verified, accepted)
         if tokens == sum(decode) + drafted:  # no prompt in it
             self.scheduler.timed(1e3 * spent.draft, 1e3 * (perf_counter() - started - spent.draft))  # the host's part too
         if not self.observers:

@@ -238,7 +238,7 @@ class Lagged(LoadAware):
         self._got = int(accepted.sum())
         if self.uses_confidence:
             accept, promise = self._bias
-            self._bias = [0.98 * accept + float(accepted.sum()), 0.98 * promise + self._promised]
+            self._bias = [0.98 * accept + self._got, 0.98 * promise + self._promised]
 
 
 def affordable(ordered: ndarray, theta: float, budget: float, costs: ndarray) -> int:
