@@ -279,7 +279,7 @@ extern "C" __attribute__((visibility("default"))) void* RegisterCustomOps(void* 
   if (!api) return nullptr;  // an older runtime: the session will say which operator it does not know
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-                    !std::getenv("DSPARK_KERNELS_AVX2");
+                    __builtin_cpu_supports("avx512dq") && !std::getenv("DSPARK_KERNELS_AVX2");
   if (!wide && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
     return status({"the bundle's kernels need a CPU with AVX2 and FMA; export with --kernels onnxruntime."});
   table = wide ? &kernels::avx512::table : &kernels::avx2::table;
