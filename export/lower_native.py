@@ -12,7 +12,7 @@ from onnx import helper
 
 from .arrays import applied
 from .graph import DSPARK, Graph
-from .quantize import BLOCK, ZERO_POINT
+from .quantize import BLOCK, ZERO_POINT, block_products
 
 PANEL = 32  # outputs whose weights lie together: engines/kernels/kernels.h
 
@@ -26,12 +26,7 @@ def lower(g: Graph) -> None:
 
 def lower_block_matmuls(g: Graph) -> None:
     """MatMul by int8 weights that DequantizeLinear scales per block of inputs -> BlockMatMul."""
-    maker = {node.output[0]: node for node in g.nodes if node.op_type == "DequantizeLinear"}
-    for i, node in enumerate(g.nodes):
-        scaled = maker.get(node.input[1]) if node.op_type == "MatMul" else None
-        if scaled is None:
-            continue
-        name, scale = scaled.input
+    for i, node, name, scale, _ in block_products(g):
         K, N = g.weights[name].shape
         panels, blocks = -(-N // PANEL), len(g.weights[scale])
         packed = f"{name}.panels"

@@ -15,6 +15,7 @@ from . import lower_native
 from .arrays import applied
 from .graph import MICROSOFT, Graph
 from .idle_draws import lower_idle_draws
+from .quantize import block_products
 
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in 8 bits, scaled per row and block
 
@@ -106,14 +107,8 @@ def lower_integer_matmuls(g: Graph) -> None:
 
 def lower_block_matmuls(g: Graph) -> None:
     """MatMul by int8 weights that DequantizeLinear scales per block of inputs -> MatMulNBits with 8-bit activations."""
-    maker = {node.output[0]: node for node in g.nodes if node.op_type == "DequantizeLinear"}
-    for i, node in enumerate(g.nodes):
-        scaled = maker.get(node.input[1]) if node.op_type == "MatMul" else None
-        if scaled is None:
-            continue
-        name, scale = scaled.input
+    for i, node, name, scale, size in block_products(g):
         (K, N), blocks = g.weights[name].shape, len(g.weights[scale])
-        size = next(a.i for a in scaled.attribute if a.name == "block_size")
         packed, scales = f"{name}.packed", f"{scale}.packed"
         if packed not in g.weights:
             pack = partial(pack_blocks, blocks=blocks, size=size)

@@ -17,6 +17,8 @@ needs five nodes fewer a product than in the row form, many rows take twice as l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from onnx import NodeProto
 
@@ -83,6 +85,15 @@ def block_matmul(g: Graph, node: NodeProto) -> None:
     g.op(
         "MatMul", node.input[0], g.op("DequantizeLinear", weight, scales, axis=0, block_size=BLOCK), out=node.output[0]
     )
+
+
+def block_products(g: Graph) -> Iterator[tuple[int, NodeProto, str, str, int]]:
+    """What block_matmul made: (place in g.nodes, the MatMul, its int8 weights, their scales, inputs a block)."""
+    maker = {node.output[0]: node for node in g.nodes if node.op_type == "DequantizeLinear"}
+    for i, node in enumerate(g.nodes):
+        scaled = maker.get(node.input[1]) if node.op_type == "MatMul" else None
+        if scaled is not None:
+            yield i, node, *scaled.input, next(a.i for a in scaled.attribute if a.name == "block_size")
 
 
 def quantize_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
