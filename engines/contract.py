@@ -9,6 +9,7 @@ from .manifest import REMAKE, BundleError
 from .specs import DraftSpec, TargetSpec, TensorSpec
 
 Tensors = dict[str, tuple[str, tuple]]  # {name: (dtype, shape)}
+OPTIONAL = {"block_position_ids"}  # inputs: attention by engines/kernels finds a block's positions among position_ids
 I64, F32 = "int64", "float32"
 
 
@@ -157,14 +158,15 @@ def compare(where: str, kind: str, want: Tensors, have: tuple[TensorSpec, ...]) 
 
     Raises BundleError, one sentence that begins with `where`; kind: input | output."""
     names = {spec.name: spec for spec in have}
-    if missing := sorted(want.keys() - names.keys()):
+    if missing := sorted(want.keys() - names.keys() - OPTIONAL):
         raise BundleError(f"{where} lacks the {kind} {missing[0]!r}; {REMAKE}.")
     if extra := sorted(names.keys() - want.keys()):
         raise BundleError(f"{where} has an unknown {kind} {extra[0]!r}; {REMAKE}.")
     halves = ("float16", "bfloat16")
     allowed = {"mask": ("bool", "float32", *halves), "cache": ("float32", *halves)}
     for name, (dtype, shape) in want.items():
-        spec = names[name]
+        if (spec := names.get(name)) is None:
+            continue
         if spec.dtype not in allowed.get(dtype, (dtype,)):
             raise BundleError(f"{where}: {kind} {name!r} is {spec.dtype}, expected {dtype}; {REMAKE}.")
         fits = len(spec.shape) == len(shape) and all(

@@ -61,7 +61,7 @@ def build_graphs(
     DTYPES for ONNX Runtime's. native: int8 by the operators of engines/kernels."""
     graphs = [
         build_target(target, max_context, static_cache=static_cache, native=native),
-        *draft_graphs(draft, max_context, static_cache=static_cache),
+        *draft_graphs(draft, max_context, static_cache=static_cache, native=native),
         build_confidence(draft),
         build_verify(draft.config.block_size, target.config.vocab_size, draft.draft_to_target().numpy()),
     ]
@@ -77,10 +77,10 @@ def build_graphs(
     return graphs
 
 
-def draft_graphs(draft, max_context: int, *, static_cache: int | None = None) -> list[Graph]:
+def draft_graphs(draft, max_context: int, *, static_cache: int | None = None, native: bool = False) -> list[Graph]:
     """backbone and markov of either kind of draft."""
     if draft.config.kind == "parallel":
-        return [build_backbone(draft, max_context, static_cache=static_cache), build_markov(draft)]
+        return [build_backbone(draft, max_context, static_cache=static_cache, native=native), build_markov(draft)]
     return [build(draft, max_context, static_cache=static_cache) for build in (build_rows, build_steps)]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from .graph import DTYPES, Graph
+from .lower_native import lower_greedy_slots
 
 RANDOM = ("sample_index", "match_index")
 
@@ -28,7 +29,7 @@ def lower_idle_draws(g: Graph) -> None:
     names = [spec.name for spec in g.outputs]
     probs = next(spec for spec in g.outputs if spec.name == "draft_probs")
     none = g.weight("no_draft_probs", np.zeros((0, *probs.shape[1:]), np.float32))
-    idle = without_draws(every, names, none)
+    idle = lower_greedy_slots(g, without_draws(every, names, none))
     branches = {
         "then_branch": branch(g, "drawn", every, {name: f"{name}/drawn" for name in names}),
         "else_branch": branch(g, "idle", idle, {name: f"{name}/idle" for name in names}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from onnx import helper
+from onnx import NodeProto, helper
 
 from .arrays import applied
 from .graph import DSPARK, Graph
@@ -76,6 +76,27 @@ def lower_norms(g: Graph) -> None:
         )
         gone.add(node.name)
     g.nodes = [n for n in g.nodes if n.op_type != "BlockMatMul" or n.name not in gone]
+
+
+def lower_greedy_slots(g: Graph, nodes: list[NodeProto]) -> list[NodeProto]:
+    """`nodes` give what a vanilla Markov head drafts when nobody draws, slot by slot -> one GreedyMarkov. Others come back as they
+    are: a gated or rnn head, a product in another form, no head."""
+    steps = [node for node in nodes if node.op_type == "BlockMatMul"]
+    maker = {name: node for node in nodes for name in node.output}
+    embedded = [maker.get(step.input[0]) for step in steps]
+    outputs = {spec.name: spec for spec in g.outputs}
+    if (
+        "markov_embeddings" not in outputs
+        or len(steps) != outputs["draft_tokens"].shape[1]
+        or len({step.input[1] for step in steps}) > 1
+        or any(node is None or node.op_type != "Gather" or node.input[0] not in g.weights for node in embedded)
+    ):
+        return nodes
+    to_target = "draft_to_target" if "draft_to_target" in g.weights else g.const(np.zeros(0, np.int64))
+    places = "base_logits", "anchor_ids", embedded[0].input[0], steps[0].input[1], to_target
+    names = "draft_tokens", "draft_indices", "markov_embeddings"
+    whole = helper.make_node("GreedyMarkov", places, names, name="greedy/GreedyMarkov", domain=DSPARK)
+    return [whole, *(node for node in nodes if node.output[0] == "draft_probs")]
 
 
 def pack_panels(weight: np.ndarray, steps) -> np.ndarray:

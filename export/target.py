@@ -40,7 +40,8 @@ def build_target(
     mask = g.input("mask", "float32", ("R", 1, "Q", "C"))
     logit_rows = g.input("logit_rows", "int64", ("M",))
     at = (pad_index, pack_index, position_ids, mask)
-    packed = PackedSlots(g, c, max_context, write_index, *at) if native and PackedSlots.fits(c) else None
+    places = (position_ids, write_index, pad_index, pack_index, mask)
+    packed = PackedSlots(g, c, max_context, *places) if native and PackedSlots.fits(c) else None
     grouped = static_cache is None and fits_grouped(c, max_context)
     slots = [None] * c.num_hidden_layers if packed else slots_of_each(g, c, max_context, at, grouped)
 

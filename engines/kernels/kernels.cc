@@ -254,7 +254,8 @@ void prepare(const Attention& a, int64_t t) {
   const int64_t at = a.pack_index[t], r = at / a.slots, j = at % a.slots, D = a.D;
   const float* x = a.qkv + t * (a.H + 2 * a.KV) * D;
   const float *cos = a.cos + a.position_ids[at] * (D / 2), *sin = a.sin + a.position_ids[at] * (D / 2);
-  for (int64_t h = 0; h < a.H; h++, x += D) turned(x, a.q_norm, a.epsilon, cos, sin, D, a.scale, a.queries + (t * a.H + h) * D);
+  for (int64_t h = 0; h < a.H; h++, x += D)
+    if (t >= a.asking) turned(x, a.q_norm, a.epsilon, cos, sin, D, a.scale, a.queries + ((t - a.asking) * a.H + h) * D);
   for (int64_t h = 0; h < a.KV; h++, x += D) {
     const int64_t place = ((r * a.KV + h) * a.C + a.write_index[r] + j) * D;
     turned(x, a.k_norm, a.epsilon, cos, sin, D, 1.0f, a.keys + place);
@@ -339,23 +340,35 @@ void attend_heads(const Attention& a, const float* mask, int64_t length, const f
   for (; at < D; at += LANES) mix<HEADS, 1>(all, stride, values, D, length, at, out);
 }
 
-void attend(const Attention& a, int64_t t, int64_t head) {
-  const int64_t at = a.pack_index[t], r = at / a.slots, D = a.D, group = a.H / a.KV;
+void attend(const Attention& a, int64_t q, int64_t head) {
+  const int64_t at = a.mask_rows[q], r = at / a.mask_slots, D = a.D, group = a.H / a.KV;
   const float* mask = a.mask + at * a.C;
   int64_t length = a.C;
   while (length > 0 && mask[length - 1] < IGNORED) length--;
   const float *keys = a.keys + (r * a.KV + head) * a.C * D, *values = a.values + (r * a.KV + head) * a.C * D;
   for (int64_t g = 0; g < group;) {
-    const int64_t first = (t * a.H + head * group + g) * D;
-    const float* q = a.queries + first;
+    const int64_t first = (q * a.H + head * group + g) * D;
+    const float* queries = a.queries + first;
     float* out = a.out + first;
     switch (group - g) {
-      case 1: attend_heads<1>(a, mask, length, q, keys, values, out); g += 1; break;
-      case 2: attend_heads<2>(a, mask, length, q, keys, values, out); g += 2; break;
-      case 3: attend_heads<3>(a, mask, length, q, keys, values, out); g += 3; break;
-      default: attend_heads<4>(a, mask, length, q, keys, values, out); g += 4;
+      case 1: attend_heads<1>(a, mask, length, queries, keys, values, out); g += 1; break;
+      case 2: attend_heads<2>(a, mask, length, queries, keys, values, out); g += 2; break;
+      case 3: attend_heads<3>(a, mask, length, queries, keys, values, out); g += 3; break;
+      default: attend_heads<4>(a, mask, length, queries, keys, values, out); g += 4;
     }
   }
+}
+
+int64_t best(const float* a, const float* b, int64_t from, int64_t to, float* value) {
+  F top = splat(-INFINITY);
+  int64_t i = from;
+  for (; i + LANES <= to; i += LANES) top = larger(top, load(a + i) + load(b + i));
+  float highest = largest(top);
+  for (; i < to; i++) highest = a[i] + b[i] > highest ? a[i] + b[i] : highest;
+  for (i = from; i < to - 1 && a[i] + b[i] != highest; i++) {
+  }
+  *value = highest;
+  return i;
 }
 
 }  // namespace
@@ -366,7 +379,7 @@ const Table table = {
 #else
     "avx2",
 #endif
-    quantize, multiply, prepare, attend};
+    quantize, multiply, prepare, attend, best};
 
 }  // namespace ISA
 }  // namespace kernels

@@ -32,6 +32,8 @@ struct Source {
   bool gated;
 };
 
+// Packed rows that are written into the caches, of which those from `asking` on attend: all of a target's (asking 0), of a draft
+// the blocks behind their context.
 struct Attention {
   const float *qkv;                       // [tokens, (H + 2 KV) D]
   const float *cos, *sin;                 // [positions, D / 2]
@@ -39,11 +41,12 @@ struct Attention {
   const int64_t *position_ids;            // [R, Q]
   const int64_t *write_index;             // [R]
   const int64_t *pack_index;              // [tokens]: r Q + j
-  const float *mask;                      // [R, 1, Q, C], added to the scores; under IGNORED = not attended
+  const int64_t *mask_rows;               // [tokens - asking]: r S + its row of the mask, in the order of the asking rows
+  const float *mask;                      // [R, 1, S, C], added to the scores; under IGNORED = not attended
   float *keys, *values;                   // [R, KV, C, D], read and written
-  float *queries;                         // [tokens, H D], scratch
-  float *out;                             // [tokens, H D]
-  int64_t tokens, slots, H, KV, D, C;     // slots: Q
+  float *queries;                         // [tokens - asking, H D], scratch
+  float *out;                             // [tokens - asking, H D]
+  int64_t tokens, asking, slots, mask_slots, H, KV, D, C;     // slots: Q; mask_slots: S
   float scale, epsilon;
 };
 
@@ -55,10 +58,12 @@ struct Table {
   void (*quantize)(const Source& source, const Rows& rows, int64_t row);
   // Columns of the panels first .. last - 1 of y [M, N] = rows @ weights.
   void (*multiply)(const Rows& rows, int64_t M, int64_t N, const uint8_t* weights, int64_t first, int64_t last, float* y);
-  // Rotates token t's queries and keys, and writes its keys and values into the caches.
+  // Rotates token t's keys and, where it asks, queries, and writes its keys and values into the caches.
   void (*prepare)(const Attention& a, int64_t t);
-  // Token t's query heads of key-value head `head`.
-  void (*attend)(const Attention& a, int64_t t, int64_t head);
+  // Asking row q's query heads of key-value head `head`.
+  void (*attend)(const Attention& a, int64_t q, int64_t head);
+  // The first of the largest of a + b in from .. to - 1, and its value.
+  int64_t (*best)(const float* a, const float* b, int64_t from, int64_t to, float* value);
 };
 
 namespace avx2 { extern const Table table; }

@@ -8,14 +8,15 @@ import torch
 
 from export.backbone import build_backbone
 from export.lower_onnxruntime import lower
-from export.runner import MASKED, Runner
+from export.runner import MASKED
+from tests.kernels import runner_of
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 
 C = 40
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4-12b", "gemma4-e"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4-12b", "gemma4-e", "llama, native", "qwen3, native"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -24,13 +25,15 @@ C = 40
     ],
 )  # fmt: skip
 def test_steps_equal_pytorch(tmp_path, family, options):
-    target = make_target(tmp_path / "target", family=family)
+    family, native = family.removesuffix(", native"), "native" in family
+    target = make_target(tmp_path / "target", family=family, **({"head_dim": 32} if native else {}))
     draft = load_draft(make_draft(tmp_path / "draft", target, **options))
-    graph = build_backbone(draft, 256)
-    lower(graph)
+    graph = build_backbone(draft, 256, native=native)
+    lower(graph, native=native)
+    assert any(node.op_type == "BlockAttention" for node in graph.nodes) == native
     graph.save(tmp_path / "graph")
     R, B = 2, draft.config.block_slots
-    runner = Runner(tmp_path / "graph", graph, R, C)
+    runner = runner_of(tmp_path / "graph", graph, R, C)
     rng = np.random.default_rng(0)
     width = graph.inputs[0].shape[1]
     context, done = [torch.zeros(0, width)] * R, np.zeros(R, np.int64)

@@ -11,7 +11,7 @@ from export.heads import build_markov
 from export.idle_draws import lower_idle_draws
 from export.lower_onnxruntime import lower
 from export.quantize import quantize
-from export.runner import Runner
+from tests.kernels import runner_of
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 
@@ -37,19 +37,21 @@ def feeds_for(draft, R: int, drawn: list[int], matched: list[int]) -> dict:
 
 
 @pytest.mark.parametrize("options", HEADS, ids=["vanilla", "gated", "rnn, trimmed", "dflash", "one slot"])
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-def test_both_branches_give_what_the_whole_graph_gives(tmp_path, monkeypatch, target, options, int8):
+@pytest.mark.parametrize("form", ["fp32", "int8", "native"])
+def test_both_branches_give_what_the_whole_graph_gives(tmp_path, monkeypatch, target, options, form):
     draft = load_draft(make_draft(tmp_path / "draft", target, **options))
     runners = []
     for name, last in (("whole", lambda g: None), ("branches", lower_idle_draws)):
         graph = build_markov(draft)
-        if int8:
-            quantize(graph)
+        if form != "fp32":
+            quantize(graph, blocks=form == "native")
         monkeypatch.setattr("export.lower_onnxruntime.lower_idle_draws", last)
-        lower(graph)
+        lower(graph, native=form == "native")
         assert any(node.op_type == "If" for node in graph.nodes) == (name == "branches")
+        whole = form == "native" and name == "branches" and draft.config.markov_head_type == "vanilla" and draft.config.markov_rank
+        assert any(node.op_type == "GreedyMarkov" for node in every_node(graph.nodes)) == bool(whole)
         graph.save(tmp_path / name)
-        runners.append(Runner(tmp_path / name, graph))
+        runners.append(runner_of(tmp_path / name, graph))
     for drawn, matched in (([], []), ([0, 2], []), ([], [1]), ([3], [0, 1])):
         for R in (1, 4) if not drawn and not matched else (4,):
             feeds = feeds_for(draft, R, drawn, matched)
