@@ -8,6 +8,7 @@ Legend: R active requests (cache rows 0 .. R-1), B rows that a draft covers, G b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 
 import numpy as np
@@ -118,12 +119,11 @@ class Drafter:
             if max(waiting) >= 2 * self.token_budget or (self.limits and sum(waiting) >= self.limits.kept_rows):
                 self._backbone(rows, 0, len(rows), np.array(wanting))
             return None
-        ready = np.array(wanting)
+        drafted = np.array(wanting)
         self.metrics.probes += self.scheduler.probing
-        first, count, drafted = 0, len(rows), ready
+        first, count, every = 0, len(rows), wanted == len(rows)
         if wanted < load.requests:
-            first, count = self._window(ready, wanted)
-            drafted = ready.copy()
+            first, count = self._window(drafted, wanted)
             drafted[:first] = drafted[first + count :] = False
         here = slice(first, first + count)
         members = rows[here]
@@ -137,16 +137,14 @@ class Drafter:
             batch = ConfidenceBatch(backbone.hidden, block.markov_embeddings)
             result = self.metrics.timed("confidence", self.engines.confidence, batch, "confidence_logits")
             logits = result.confidence_logits
-            kinds = [int(s.temperature > 0) for s in members]
-            kind = kinds[0] if len(set(kinds)) == 1 else np.array(kinds)
-            confidence = sigmoid(logits / self._temperatures[kind] + self._biases[kind])
+            confidence = self._calibrated(logits, members)
         started = perf_counter()
-        at = [i for i, d in enumerate(drafted.tolist()) if d]
+        at = range(count) if every else np.flatnonzero(drafted).tolist()
         real = slice(None) if len(at) == count else np.array(at) - first
         lengths = self.scheduler.lengths(
             RoundState(
                 confidence=np.ones((len(at), self.G), np.float32) if confidence is None else confidence[real],
-                threshold=np.array([_threshold(rows[i]) for i in at]),
+                threshold=thresholds([rows[i].request.params.threshold for i in at]),
                 context=load.context,
                 plain=load.requests + load.plain - len(at),
                 prefill=prefill,
@@ -155,10 +153,22 @@ class Drafter:
         )
         self.metrics.add("schedule", perf_counter() - started)
         num_draft = lengths
-        if len(at) < len(rows):
+        if not every:
             num_draft = np.zeros(len(rows), np.int64)
             num_draft[at] = lengths
         return Draft(first, block, drafted, num_draft, sample_index, logits, confidence)
+
+    def _calibrated(self, logits: ndarray, members: list[Sequence]) -> ndarray:
+        """[B, G]: the sigmoid of logits / temperature + bias, those of each member's kind, without overflow."""
+        kinds = [s.temperature > 0 for s in members]
+        kind = int(kinds[0]) if all(kinds) or not any(kinds) else np.array(kinds, np.int64)
+        x = logits / self._temperatures[kind]
+        x += self._biases[kind]
+        x *= 0.5
+        np.tanh(x, out=x)
+        x += 1.0
+        x *= 0.5
+        return x
 
     @staticmethod
     def _load(rows: list[Sequence], decode: list[bool], requests: int, prefill: int) -> RoundLoad:
@@ -216,11 +226,15 @@ class Drafter:
         return batch, result
 
 
-def _threshold(s: Sequence) -> float:
-    own = s.request.params.threshold
-    return np.nan if own is None else own
+def thresholds(own: list[float | None]) -> ndarray:
+    """[R]: the requests' own, NaN where they have none."""
+    if all(value is None for value in own):
+        return none_own(len(own))
+    return np.array([np.nan if value is None else value for value in own])
 
 
-def sigmoid(x: ndarray) -> ndarray:
-    """Without overflow, in x's dtype."""
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+@cache
+def none_own(R: int) -> ndarray:
+    array = np.full(R, np.nan)
+    array.setflags(write=False)
+    return array

@@ -16,6 +16,7 @@ from numpy import ndarray
 from engines import Engines
 from engines.base import TargetResult, VerifyBatch, VerifyResult
 
+from .argmax_batch import argmax_batch
 from .drafter import Draft
 from .metrics import Metrics
 from .random import ACCEPT, NEXT, prepare_judge
@@ -80,8 +81,7 @@ class Judge:
         """
         starts, counts = logit_starts.tolist(), logit_counts.tolist()
         if all(s.plain for s in rows) and all(counts):
-            drafts = [draft.tokens(first_row + i, n - 1) if n > 1 else [] for i, n in enumerate(counts)]
-            verdict = self._run(self._plain(result.logits, starts, counts, drafts, num_draft))
+            verdict = self._run(self._plain(result.logits, starts, counts, draft, first_row, num_draft))
             return Verdicts(verdict.accepted, verdict.next_tokens, [None] * len(rows))
         cases = []
         for row, (s, n, start, count) in enumerate(zip(rows, num_draft.tolist(), starts, counts)):
@@ -100,13 +100,8 @@ class Judge:
                     first += c.count
         return Verdicts(accepted, following, log_probs)
 
-    def _plain(self, logits: ndarray, starts: list[int], counts: list[int], drafts: list[list[int]], num_draft: ndarray):
-        """The batch of requests that want their argmax alone. Lists, because behind a target pass the caches are cold and a
-        numpy call takes 20 to 40 us, whatever it computes."""
-        slots = range(self.G + 1)
-        rows = [[start + min(k, n - 1) for k in slots] for start, n in zip(starts, counts)]
-        tokens = [draft + [0] * (self.G - len(draft)) for draft in drafts]
-        return VerifyBatch.greedy(logits, np.array(rows), np.array(tokens).reshape(-1, self.G), num_draft, self.V_d)
+    def _plain(self, *work) -> VerifyBatch:
+        return argmax_batch(*work, self.G, self.V_d)
 
     def _groups(self, cases: list[Case]) -> list[list[Case]]:
         """Runs of neighbours with at most `verify_rows` wide rows (or one request)."""

@@ -168,8 +168,10 @@ class VerifyBatch:
         cls, logits: ndarray, row_index: ndarray, draft_tokens: ndarray, num_draft: ndarray, draft_vocab_size: int
     ) -> VerifyBatch:
         """Every list empty. draft_vocab_size: V_d."""
-        lists = _no_lists(draft_tokens.shape[1], logits.shape[1], draft_vocab_size)
-        return cls(logits=logits, row_index=row_index, draft_tokens=draft_tokens, num_draft=num_draft, **lists)
+        batch = object.__new__(cls)  # a frozen class sets its fields one by one, which takes a share of a short round
+        batch.__dict__.update(_no_lists(draft_tokens.shape[1], logits.shape[1], draft_vocab_size))
+        batch.__dict__.update(logits=logits, row_index=row_index, draft_tokens=draft_tokens, num_draft=num_draft)
+        return batch
 
 
 @cache

@@ -15,11 +15,11 @@ STEP, ROOM = 64, 256
 PATIENCE = 64  # consecutive calls that a smaller capacity would have served before the caches shrink to it
 
 
-def bucket(length: int) -> int:
-    """The smallest capacity that holds `length` positions: multiples of 64, of an eighth of the length's power of two
-    above 512. Attention reads all C positions of every row in every pass; a growth moves them once."""
-    step = max(STEP, 1 << max((length - 1).bit_length() - 3, 0))
-    return max(STEP, -(-length // step) * step)
+def bucket(length: int, least: int = STEP) -> int:
+    """The smallest capacity that holds `length` positions: multiples of `least` or of an eighth of the length's power of two,
+    whichever is more. Attention may read all C positions of every row in every pass; a growth moves them once."""
+    step = max(least, 1 << max((length - 1).bit_length() - 3, 0))
+    return max(step, -(-length // step) * step)
 
 
 class Caches:
@@ -31,11 +31,12 @@ class Caches:
     Memory is taken for the next multiple of ROOM positions, so that most steps only move rows apart within it: fresh
     memory would cost more than the move."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: str = "float32"):
-        self.shapes, self.dtype = tuple(shapes), np.dtype(dtype)
-        self.rows, self.capacity, self.generation = 1, STEP, 0
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: str = "float32", step: int = STEP):
+        """step: positions by which they grow."""
+        self.shapes, self.dtype, self.step = tuple(shapes), np.dtype(dtype), step
+        self.rows, self.capacity, self.generation = 1, step, 0
         self._idle, self._wanted = 0, 0
-        self.tensors = [self._empty(shape, 1, STEP) for shape in self.shapes]
+        self.tensors = [self._empty(shape, 1, step) for shape in self.shapes]
 
     def _empty(self, shape: tuple[int, int], rows: int, capacity: int) -> ndarray:
         # Zeros, never uninitialised memory: a masked position holding NaN would still poison the softmax's product.
@@ -70,7 +71,7 @@ class Caches:
         Grows at once; shrinks when a smaller capacity would have done for PATIENCE calls on end.
         Raises MemoryError, and is then empty, when there is no room.
         """
-        capacity = bucket(length)
+        capacity = bucket(length, self.step)
         if capacity < self.capacity:
             self._idle += 1
             self._wanted = max(self._wanted, capacity)
@@ -93,7 +94,7 @@ class Caches:
                 new[:keep, :, :common] = old[:keep, :, :common]
                 self.tensors[i] = new
         except MemoryError:  # half of them have moved: start afresh; who catches this has lost what the caches held
-            wanted, capacity = 1, STEP
+            wanted, capacity = 1, self.step
             self.tensors = [self._empty(shape, wanted, capacity) for shape in self.shapes]
             raise
         finally:

@@ -10,6 +10,8 @@ import numpy as np
 
 from .base import VerifyBatch, VerifyResult
 
+_NOTHING = np.zeros(0, bool), np.zeros(0, np.float32)
+
 
 def is_plain(batch: VerifyBatch) -> bool:
     """No edits, filters, noise, draws or log-probs: the first four fields say all."""
@@ -28,4 +30,4 @@ def verify(batch: VerifyBatch) -> VerifyResult:
             a += 1
         accepted.append(a), following.append(best[rows[a]])
     ints = np.array([accepted, following], np.int64)
-    return VerifyResult(ints[0], ints[1], np.zeros(0, bool), np.zeros(0, np.float32))
+    return VerifyResult(ints[0], ints[1], *_NOTHING)

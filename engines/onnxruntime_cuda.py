@@ -34,7 +34,8 @@ from .bundle import Bundle, BundleError, EngineSpec
 from .device_memory import DeviceArray, DeviceCaches, Memory
 from .devices import Device
 from .feeds import check_rows, sizes_of
-from .onnxruntime import cache_dtype, check_graph, physical_cores, session_options
+from .onnxruntime import cache_dtype, physical_cores, session_options
+from .session import check_graph
 from .specs import masks_of
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

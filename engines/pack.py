@@ -7,6 +7,8 @@ Legend: N packed tokens, R requests, Q padded query slots a request, C cache cap
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy import ndarray
 
@@ -14,6 +16,8 @@ from .arrays import concatenate
 from .autoregressive import RowsBatch, pack_rows, steps_after
 from .base import BackboneBatch, BackboneResult, MarkovBatch, TargetBatch
 from .specs import DraftSpec
+
+MANY = 64  # sizes whose constants are kept
 
 
 def pack_target(
@@ -31,14 +35,14 @@ def pack_target(
     Empty slots have pad_index 0 and write garbage behind a request's own tokens, which the next pass overwrites.
     """
     if all(len(t) == 1 for t in tokens) and all(logit_counts.tolist()):  # a token and a row of logits each: nothing to pad
-        rows, positions = np.arange(len(tokens)), lengths[:, None]
+        (rows, padded), positions = _neighbours(len(tokens)), lengths[:, None]
         batch = TargetBatch(
             token_ids=np.array([t for t, in tokens], np.int64),
-            pad_index=rows[:, None],
+            pad_index=padded,
             pack_index=rows,
             position_ids=np.minimum(positions, max_context - 1),
             write_index=lengths,
-            mask=(np.arange(capacity) <= positions)[:, None, None],
+            mask=(_count(0, capacity) <= positions)[:, None, None],
             logit_rows=rows,
             first_row=first_row,
         )
@@ -68,16 +72,16 @@ def pack_target(
 
 def _lone_target(tokens: list[int], lengths: ndarray, logit_counts: ndarray, capacity: int, max_context: int, first_row: int):
     """pack_target of one request: nothing to pad, and few calls, since behind a target pass each takes 20 to 40 us."""
-    n, length = len(tokens), int(lengths[0])
-    rows, none = _count(0, n), _count(0, 1)
+    n, length, wanted = len(tokens), int(lengths[0]), int(logit_counts[0])
+    rows, none = _slots(n), _count(0, 1)
     batch = TargetBatch(
         token_ids=np.array(tokens, np.int64),
-        pad_index=rows[None],
+        pad_index=_slots_of_one(n),
         pack_index=rows,
         position_ids=_positions(length, n, max_context)[None],
         write_index=lengths,
         mask=(_count(0, capacity) <= _count(length, n)[:, None])[None, None],
-        logit_rows=_count(n - int(logit_counts[0]), int(logit_counts[0])),
+        logit_rows=rows if wanted == n else _count(n - wanted, wanted),
         first_row=first_row,
     )
     return batch, none, none
@@ -93,6 +97,32 @@ def _count(first: int, n: int) -> ndarray:
 
 
 _COUNT = np.arange(0)
+
+
+# Constants that an engine need not look at again (session.Binding.input): read-only, their memory their own.
+
+
+@lru_cache(MANY)
+def _slots(n: int) -> ndarray:
+    """0 .. n - 1."""
+    return _constant(np.arange(n))
+
+
+@lru_cache(MANY)
+def _slots_of_one(n: int) -> ndarray:
+    """The same, [1, n]."""
+    return _constant(np.arange(n).reshape(1, n).copy())
+
+
+@lru_cache(MANY)
+def _neighbours(R: int) -> tuple[ndarray, ndarray]:
+    """0 .. R - 1 as [R] and [R, 1]."""
+    return _constant(np.arange(R)), _constant(np.arange(R).reshape(R, 1).copy())
+
+
+def _constant(array: ndarray) -> ndarray:
+    array.setflags(write=False)
+    return array
 
 
 def _positions(first: int, n: int, max_context: int) -> ndarray:
@@ -140,14 +170,16 @@ def _lone_backbone(
 ) -> BackboneBatch:
     """pack_backbone of one request, as _lone_target."""
     length, Q = int(lengths[0]), count + B
+    mask = np.empty((1, 1, B, capacity), bool)
+    np.less(_count(0, capacity), length + Q, out=mask)
     return BackboneBatch(
-        features=concatenate(pieces),
+        features=pieces[0] if len(pieces) == 1 else concatenate(pieces),
         anchor_ids=anchors,
-        pad_index=_count(0, Q)[None],
+        pad_index=_slots_of_one(Q),
         position_ids=_positions(length, Q, max_context)[None],
         block_position_ids=_positions(length + count, B, max_context)[None],
         write_index=lengths,
-        mask=np.broadcast_to(_count(0, capacity) < length + Q, (1, 1, B, capacity)),
+        mask=mask,
         first_row=first_row,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engines.base import VerifyResult
-from engines.onnxruntime import Graph, session_options
+from engines.onnxruntime import session_options
+from engines.session import Graph
 from export import verify as export_verify
 from tests.losslessness import table
 
