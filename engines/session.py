@@ -141,11 +141,11 @@ class Binding:
         if kept is not None and kept.shape == array.shape and kept.flags.writeable:
             kept[...] = array
             return kept
-        if not 0 < array.nbytes <= KEPT_BYTES:
+        if array.base is None and not array.flags.writeable and array.flags.c_contiguous:
+            self._kept[name] = array
+        elif not 0 < array.nbytes <= KEPT_BYTES:
             self._kept.pop(name, None)
             array = np.ascontiguousarray(array)
-        elif array.base is None and not array.flags.writeable and array.flags.c_contiguous:
-            self._kept[name] = array
         else:
             array = self._kept[name] = np.array(array, order="C")
         self.input_at(name, array)
