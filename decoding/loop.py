@@ -296,11 +296,12 @@ class Loop:
     ) -> list[Output]:
         """Advances lengths (a rejected suffix is undone by not counting it), keeps features, emits tokens."""
         outputs = []
-        # A token each: nothing will be rejected, one copy for all. Beside a prompt it would keep the prompt's rows alive with
-        # whichever request holds its own the longest.
-        features, own = result.features, len(rows) > 1 and all(n == 1 for n in work.counts) and any(s.speculative for s in rows)
-        if own:
-            features = features.copy()
+        # A token each: nothing will be rejected, what one request keeps is no more than its round's. Beside a prompt, or drafts,
+        # it would keep their rows alive with it.
+        features, own = result.features, len(rows) == 1 or all(n == 1 for n in work.counts)
+        if own and not result.lasting:
+            own = len(rows) > 1
+            features = features.copy() if own and any(s.speculative for s in rows) else features
         for i, (s, count) in enumerate(zip(rows, work.counts)):
             if not count:
                 continue

@@ -26,7 +26,7 @@ PATIENCE, LEAST_PATIENCE = 1.0, 0.2
 # Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the
 # search's best is the luckiest of many, so a promise of 1.00 means less than that.
 LOW, HIGH = 1.02, 1.04
-FRESH = 8  # rounds without a draft for which one search holds
+FRESH, ALIKE = 32, 8  # rounds without a draft for which one search holds, while the requests change by less than an eighth
 PROBE = 2  # requests that a probe drafts for
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
 POINTS = 512  # budgets that a search looks at, about: with more candidates every second, third, ..
@@ -80,6 +80,7 @@ class Lagged(LoadAware):
         self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
         self._promised = 0.0
         self._found: tuple | None = None  # the last search and its load
+        self._promised_for: tuple[int, int, float] | None = None  # requests, rounds without a draft until when, gain
         self.probing = self._paused = False
         self._saved, self._probe, self._got = SAVED, (0.0, 0.0, 0), 0  # (ms of a plain round, loss expected, rows)
 
@@ -89,22 +90,21 @@ class Lagged(LoadAware):
             while self._pooled > OLD:
                 self._pooled -= len(self._pool.popleft())
             self._found, self._gained, self._wait, self._since = None, {}, FIRST_WAIT, FIRST_WAIT
+            self._promised_for = None
 
     # -- whether to draft --------------------------------------------------------------------------------------------
 
     def draft(self, load: RoundLoad) -> int:
         R, self.probing, self._paused = load.requests, False, self._skipping
         self.expect(True, None)
-        if self._skipping and self._since % FRESH == 0:
-            self._found = None
         if not R or not self._pool:
             return R
-        gain = self._search(load.requests, load.plain, load.prefill, load.context).gain
+        gain = self._promise(load) if self._skipping else self._search(R, load.plain, load.prefill, load.context).gain
         if not self._skipping:
             self._loss = max(self._loss + LOW - gain, 0.0)
             if self._loss < max(PATIENCE / R, LEAST_PATIENCE):
                 return 0 if self._audited(load) else R
-            self._skipping, self._wait, self._since = True, FIRST_WAIT, 0
+            self._skipping, self._wait, self._since, self._promised_for = True, FIRST_WAIT, 0, None
         elif gain > HIGH:
             self._skipping, self._loss = False, 0.0
             return R
@@ -113,7 +113,7 @@ class Lagged(LoadAware):
         if self._since < self._wait or self._saved <= 0:
             self._expect_plain(load)
             return 0
-        few, self.probing = min(R, PROBE), True
+        few, self.probing, self._promised_for = min(R, PROBE), True, None
         lost = 1.0 - self._search(few, R - few + load.plain, load.prefill, load.context).gain  # rounds' worth
         self._since, self._wait = 0, int(min(2 * self._wait, max(lost / COST, FIRST_WAIT), LONGEST_WAIT))
         rows = R + load.plain
@@ -126,6 +126,16 @@ class Lagged(LoadAware):
         if self.probing:  # what it cost indeed: the draft had context to catch up with
             plain_ms, expected, rows = self._probe
             self._saved += expected - ((draft_ms + rest_ms) / plain_ms - 1.0 - self._got / rows)
+
+    def _promise(self, load: RoundLoad) -> float:
+        """The gain of a search, at most FRESH rounds old: between two probes nothing new is learnt, and a search takes its share."""
+        requests, until, gain = self._promised_for or (0, 0, 0.0)
+        if self._since < until and ALIKE * abs(load.requests - requests) <= requests:
+            return gain
+        self._found = None  # rounds have corrected the table since
+        gain = self._search(load.requests, load.plain, load.prefill, load.context).gain
+        self._promised_for = load.requests, self._since + FRESH, gain
+        return gain
 
     def _audited(self, load: RoundLoad) -> bool:
         """This round is done without a draft, only to see what that takes."""

@@ -39,10 +39,12 @@ class TargetBatch:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """logits [M, V], features [N, L*d] (layer outputs in layer_ids order)."""
+    """logits [M, V], features [N, L*d] (layer outputs in layer_ids order). lasting: the features are the caller's to keep, later
+    calls leave them as they are."""
 
     logits: ndarray
     features: ndarray
+    lasting: bool = False
 
 
 @dataclass(frozen=True)

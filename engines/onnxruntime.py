@@ -28,7 +28,7 @@ from .base import (
 )
 from .bundle import Bundle, EngineSpec
 from .caches import ROOM, STEP, Caches
-from .session import Graph
+from .session import LASTING_ROWS, Graph
 from .specs import masks_of
 
 SPIN_US = 200
@@ -56,7 +56,7 @@ class OnnxRuntimeEngines:
         hugepages.gather()
         before = hugepages.places()
         self._graphs = {
-            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name))
+            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name), "features" if name == "target" else None)
             for name, spec in bundle.engines.items()
         }
         hugepages.ask(hugepages.places() - before)  # what the sessions took: their weights
@@ -75,7 +75,8 @@ class OnnxRuntimeEngines:
         return self.draft_caches.capacity
 
     def target(self, batch: TargetBatch) -> TargetResult:
-        return TargetResult(**self._cached("target", batch))
+        result = self._cached("target", batch)
+        return TargetResult(**result, lasting=len(result["features"]) <= LASTING_ROWS)
 
     def backbone(self, batch: BackboneBatch | RowsBatch) -> BackboneResult:
         return BackboneResult(**self._cached("backbone", batch))

@@ -24,15 +24,19 @@ _ORT_DTYPES = {
 }
 _NOTHING = np.zeros(1)  # where empty arrays lie
 KEPT_BYTES = 1 << 15  # inputs up to this size are copied to a place that stays bound, larger ones are bound where they lie
+LASTING_ROWS = 32  # of an output that is the caller's to keep: with more, memory for it costs more than copying what is wanted
 OFTEN, MANY = 3, 64  # calls of like sizes after which they get a binding of their own; how many such sizes are remembered
 
 
 class Graph:
     """One session. Small inputs are copied to places that stay bound, large ones bound where they lie; caches once per
     (first row, rows, generation), as input and output on the same memory; other outputs go to buffers that are kept and only grow.
-    Sizes that come again and again keep a binding of their own, in which nothing is left to do but to copy what is new."""
+    Sizes that come again and again keep a binding of their own, in which nothing is left to do but to copy what is new.
+    lasting: an output that gets memory of its own in each call of at most LASTING_ROWS rows."""
 
-    def __init__(self, path: Path, spec: EngineSpec, options: ort.SessionOptions, caches: Caches | None):
+    def __init__(
+        self, path: Path, spec: EngineSpec, options: ort.SessionOptions, caches: Caches | None, lasting: str | None = None
+    ):
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own unrelated types
@@ -42,7 +46,7 @@ class Graph:
             ) from error
         check_graph(path, spec.inputs, self.session.get_inputs())
         check_graph(path, spec.outputs, self.session.get_outputs())
-        self.name = path.parent.name
+        self.name, self.lasting = path.parent.name, lasting
         is_cache = lambda n: n.startswith(("past_key_values.", "present."))
         self.inputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.inputs if not is_cache(s.name)]
         self.outputs = [(s.name, np.dtype(s.dtype), s.shape) for s in spec.outputs if not is_cache(s.name)]
@@ -68,6 +72,9 @@ class Graph:
         kept = self._often.get(call)  # its sizes are known to fit, its caches and outputs lie where they lay
         binding, results = kept if kept is not None else self._prepare(call, feeds, first_row)
         arrays = [binding.input(name, array) for name, array in zip(self.names, arrays)]  # they live until the run is over
+        if self.lasting and len(kept_rows := results[self.lasting]) <= LASTING_ROWS:
+            results = {**results, self.lasting: np.empty(kept_rows.shape, kept_rows.dtype)}
+            binding.output(self.lasting, results[self.lasting])
         self.session._sess.run_with_iobinding(binding.values, None)
         return results
 

@@ -7,7 +7,7 @@ from engines.base import additive_mask
 from engines.bundle import Bundle
 from engines.onnxruntime import OnnxRuntimeEngines, physical_cores
 from engines.pack import pack_target
-from engines.session import OFTEN, Binding
+from engines.session import LASTING_ROWS, OFTEN, Binding
 from tests.engines.test_engines import decode_round, feed, random_ids
 
 
@@ -48,10 +48,28 @@ def test_sizes_that_come_again_are_bound_once(loaded, monkeypatch):
     bound, bind = [], Binding._bind
     monkeypatch.setattr(Binding, "_bind", lambda self, call, name, array: bound.append(name) or bind(self, call, name, array))
     again, _ = feed(loaded, [ids[::-1]], [0])
-    assert not bound and np.abs(first - again).max() > 0  # other tokens, wherever they lay
+    assert bound == ["features"] and np.abs(first - again).max() > 0  # other tokens, wherever they lay
     feed(loaded, [ids[:4]], [0])  # the assertion above can fail
-    assert bound
+    assert len(bound) > 2
     np.testing.assert_array_equal(feed(loaded, [ids], [0])[0], first)
+
+
+def test_features_of_few_rows_are_the_callers_to_keep(loaded):
+    def run(tokens):
+        loaded.ensure_capacity(1, len(tokens))
+        at = np.zeros(1, np.int64), np.array([1]), loaded.target_capacity, loaded.bundle.max_context
+        return loaded.target(pack_target([tokens], *at)[0])
+
+    for n in (1, 5, LASTING_ROWS):
+        first = run(random_ids(n))
+        kept = first.features.copy()
+        run(random_ids(n, seed=1)), run(random_ids(LASTING_ROWS + 1, seed=2))
+        assert first.lasting and len(first.features) == n
+        np.testing.assert_array_equal(first.features, kept)
+    many = run(random_ids(LASTING_ROWS + 1))
+    kept = many.features.copy()
+    run(random_ids(LASTING_ROWS + 1, seed=1))
+    assert not many.lasting and np.abs(many.features - kept).max() > 0
 
 
 def test_passes_of_changing_sizes_do_not_see_each_others_inputs(loaded):
