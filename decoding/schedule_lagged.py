@@ -19,7 +19,7 @@ from .schedule_aware import LoadAware, descending, first, top_k
 
 POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
 OLD = 2  # blocks of the pool that stay when the loop has run empty while the draft is skipped
-NEW = 4  # blocks that the pool takes up until it is searched again: every round from four requests on
+NEW = 4  # rounds with a draft until the pool is searched again
 # Rounds' worth of loss until the draft is skipped, with one request (shared by more of them), and at least: a pool of 24
 # blocks is a noisy witness, and with one request the same one for 24 rounds.
 PATIENCE, LEAST_PATIENCE = 1.0, 0.2
@@ -240,7 +240,7 @@ class Lagged(LoadAware):
                 self._pooled -= len(self._pool.popleft())
             self._gained = {}
         self._last = survival
-        if self._new >= NEW or self._pooled < POOL_OF_PROBES:
+        if self._new >= NEW * len(survival) or self._pooled < POOL_OF_PROBES:
             self._found, self._new = None, 0
 
     def observe(self, verified: ndarray, accepted: ndarray) -> None:
