@@ -95,7 +95,7 @@ class Drafter:
         self.engines, self.scheduler, self.metrics = engines, scheduler, metrics
         self.G, self.max_context, self.token_budget = bundle.draft.block_size, bundle.max_context, token_budget
         self.spec, self.slots = bundle.draft, bundle.draft.block_slots
-        self.V, self.limits = bundle.target.vocab_size, engines.pass_limits
+        self.V, self.limits, self.packed = bundle.target.vocab_size, engines.pass_limits, bundle.packed("backbone")
         self.confidence = scheduler.uses_confidence or wants_confidence
         self._temperatures = np.array([bundle.temperatures(False), bundle.temperatures(True)], np.float32)  # greedy, sampled
         self._biases = np.array([bundle.biases(False), bundle.biases(True)], np.float32)
@@ -214,8 +214,9 @@ class Drafter:
         """(batch, result) of the backbone over the first counts [B] rows of each member's waiting context."""
         lengths = np.array([s.draft_length for s in members], np.int64)
         longest = max(s.target_length for s in rows) + self.G + 1
-        # Every row is padded to the widest one's slots, and padded slots are written too.
-        self.engines.ensure_capacity(len(rows), max(int(lengths.max() + counts.max()) + self.slots, longest))
+        # Every row is padded to the widest one's slots, and padded slots may be written too.
+        context = int((lengths + counts).max() if self.packed else lengths.max() + counts.max())
+        self.engines.ensure_capacity(len(rows), max(context + self.slots, longest))
         each = list(zip(members, counts.tolist()))
         pieces, following = [s.waiting(n) for s, n in each], [s.following(n) for s, n in each]
         at = self.engines.draft_capacity, self.max_context, first

@@ -82,7 +82,7 @@ class Loop:
         self.max_requests, self.token_budget = max_requests, token_budget
         bundle = engines.bundle
         self.G, self.max_context = bundle.draft.block_size, bundle.max_context
-        self.limits = Limits.of(bundle)
+        self.limits, self.packed = Limits.of(bundle), bundle.packed("target")
         self.metrics = Metrics(self.G)
         self.observers = tuple(observers)
         wants_confidence = any(o.wants_confidence for o in self.observers)
@@ -161,8 +161,7 @@ class Loop:
         try:
             draft = self.drafter.draft(rows, decode, *self._share())
             passes = self._plan(draft)
-            # Between two passes a request may grow by a whole block.
-            self.engines.ensure_capacity(len(rows), self._longest() + max(max(work.counts) for work in passes))
+            self.engines.ensure_capacity(len(rows), self._needed(passes))
         except Exception as error:  # an engine's failure must not end the loop
             return self._fail(list(rows), error)
         outputs, whole = [], True
@@ -231,9 +230,16 @@ class Loop:
         prefill = min(waiting, max(self.token_budget - decode, self.token_budget // 8, 1))
         return prefill, max(self.token_budget - decode - min(waiting, max(self.token_budget // 8, 1)), 0)
 
-    def _longest(self) -> int:
-        """Cache positions of the longest active request after one more block."""
-        return max(s.target_length for s in self._rows) + self.G + 1
+    def _needed(self, passes: list[Pass]) -> int:
+        """Cache positions that these passes write. Between two of them a request may grow by a whole block, and where empty
+        slots are written every row is as wide as its pass."""
+        block = self.G + 1
+        if not self.packed:
+            return max(s.target_length for s in self._rows) + block + max(max(work.counts) for work in passes)
+        fed = [0] * len(self._rows)
+        for work in passes:
+            fed[work.first_row : work.first_row + len(work.counts)] = work.counts
+        return max(s.target_length + max(n, block) for s, n in zip(self._rows, fed)) + block
 
     def _plan(self, draft: Draft | None) -> list[Pass]:
         """Tokens fed for each row, decode rows all, prefill rows what the budget leaves; in as many passes as pay."""

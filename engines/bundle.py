@@ -132,6 +132,11 @@ class Bundle:
         """The bundle's own CPU operators, where its graphs call any."""
         return self.folder / self.kernels.path if self.kernels else None
 
+    def packed(self, engine: str) -> bool:
+        """Whether the engine's attention works on packed rows: nothing is written for an empty slot, and no position is read that
+        is not attended."""
+        return self.kernels is not None and engine in self.kernels.attention
+
     @property
     def hashes(self) -> dict[str, str]:
         """{engine, "kernels": sha256} of what computes: a speed that was measured holds for these."""

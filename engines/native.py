@@ -16,15 +16,20 @@ from .manifest import REMAKE, BundleError, get
 
 @dataclass(frozen=True)
 class KernelsSpec:
-    """The library's file, relative to the bundle, and its sha256."""
+    """The library's file, relative to the bundle, its sha256, and the engines whose attention is one of its operators (an older
+    bundle does not say)."""
 
     path: str
     sha256: str
+    attention: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, raw: dict[str, Any], where: str) -> KernelsSpec:
         """Raises BundleError, one sentence."""
-        return cls(get(raw, "path", str, where), get(raw, "sha256", str, where))
+        attention = get(raw, "attention", list, where) if "attention" in raw else []
+        if odd := next((name for name in attention if not isinstance(name, str)), None):
+            raise BundleError(f"{where}: attention holds {odd!r}, it must hold names of engines; {REMAKE}.")
+        return cls(get(raw, "path", str, where), get(raw, "sha256", str, where), tuple(attention))
 
 
 def register(options: ort.SessionOptions, library: Path) -> None:

@@ -31,7 +31,7 @@ from .caches import ROOM, STEP, Caches
 from .session import LASTING_ROWS, Graph
 from .specs import masks_of
 
-SPIN_US = 200
+SPIN_US, DRAFT_SPIN_US = 200, 30  # of the target's idle threads, of the other sessions'
 # Rows of one verify call, as float32: what one step of the graph hands to the next stays in the second-level cache
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
@@ -47,16 +47,20 @@ class OnnxRuntimeEngines:
         self.bundle = bundle
         self.verify_rows, self.pass_limits = max(1, VERIFY_BYTES // (4 * t.vocab_size)), None
         self.threads, self.provider = threads or physical_cores(), "CPUExecutionProvider"
-        self.pass_worth = PACKED_PASS_WORTH if bundle.library else PASS_WORTH
-        options = session_options(self.threads, log_severity, bundle.library)
-        step = ROOM if bundle.library else STEP  # the kernels never read a position that is not attended
-        self.target_caches = Caches(t.cache_shapes, cache_dtype(bundle.engines["target"]), step)
-        self.draft_caches = Caches(d.cache_shapes, cache_dtype(bundle.engines["backbone"]), step)
+        self.pass_worth = PACKED_PASS_WORTH if bundle.packed("target") else PASS_WORTH
+        options = {
+            name: session_options(self.threads, log_severity, bundle.library, spin_us=SPIN_US if name == "target" else DRAFT_SPIN_US)
+            for name in bundle.engines
+        }
+        caches_of = lambda spec, name: Caches(
+            spec.cache_shapes, cache_dtype(bundle.engines[name]), ROOM if bundle.packed(name) else STEP
+        )
+        self.target_caches, self.draft_caches = caches_of(t, "target"), caches_of(d, "backbone")
         caches = {"target": self.target_caches, "backbone": self.draft_caches, "markov": self.draft_caches}
         hugepages.gather()
         before = hugepages.places()
         self._graphs = {
-            name: Graph(bundle.folder / spec.path, spec, options, caches.get(name), "features" if name == "target" else None)
+            name: Graph(bundle.folder / spec.path, spec, options[name], caches.get(name), "features" if name == "target" else None)
             for name, spec in bundle.engines.items()
         }
         hugepages.ask(hugepages.places() - before)  # what the sessions took: their weights
@@ -111,14 +115,15 @@ class OnnxRuntimeEngines:
         self.draft_caches.tensors.clear()
 
 
-def session_options(threads: int, log_severity: int = 3, library: Path | None = None) -> ort.SessionOptions:
+def session_options(
+    threads: int, log_severity: int = 3, library: Path | None = None, *, spin_us: int = SPIN_US
+) -> ort.SessionOptions:
     """`threads` intra-op threads, one operator at a time. Five sessions share the cores: an idle thread spins for
-    SPIN_US, long enough for the next operator and for the host's part of a round, too short to be in the way of the next
-    session. `log_severity` 3 = errors only, 2 = warnings too. library: the bundle's operators."""
+    `spin_us`, long enough for the next operator, too short to be in the way of the next session. `log_severity` 3 = errors only, 2 = warnings too. library: the bundle's operators."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = log_severity
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
     if library:
         native.register(options, library)
     return options

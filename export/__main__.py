@@ -39,6 +39,7 @@ from .graph import Graph
 from .heads import build_confidence, build_markov
 from .kernels import LIBRARY, KernelsError, library
 from .lower_onnxruntime import lower
+from .packed_slots import ATTENTION
 from .parity import check_parity
 from .precision import HALF, emulated, to_half
 from .quantize import quantize
@@ -138,9 +139,15 @@ def export(
         write_manifest(
             partial, engines, *entries, backend=backend, dtype=dtype, max_context=max_context, parity=checks,
             calibration=kept_calibration(out, *entries), tensorrt=settings, emulates=emulate,
-            kernels={"path": LIBRARY, "sha256": file_hash(partial / LIBRARY)} if compiled else None,
+            kernels=kernels_entry(partial, graphs) if compiled else None,
         )
     console.print(f"wrote {out}")
+
+
+def kernels_entry(bundle: Path, graphs: list[Graph]) -> dict:
+    """The manifest's `kernels`."""
+    attention = [g.name for g in graphs if any(node.op_type in ATTENTION for node in g.nodes)]
+    return {"path": LIBRARY, "sha256": file_hash(bundle / LIBRARY), "attention": attention}
 
 
 def kernels_for(kernels: str, backend: str, dtype: str, console: Console) -> bytes | None:

@@ -13,6 +13,7 @@ from training.decoder_config import DecoderConfig
 from .decoder import Weights, cache_names, rope_tables
 from .graph import DSPARK, Graph
 
+ATTENTION = "CachedAttention", "BlockAttention"
 LANES, MOST = 16, 512  # what the kernels take: half a head in whole vectors, a normed head in a buffer
 
 
@@ -28,7 +29,7 @@ class PackedSlots:
         """places: the inputs from position_ids to mask."""
         self.graph, self.config, self.places = g, c, places
         self.tables = rope_tables(g, c.rope, c.head_dim, max_context)[:2]
-        self.kind = ("CachedAttention", {}) if block is None else ("BlockAttention", {"block": block})
+        self.kind = (ATTENTION[0], {}) if block is None else (ATTENTION[1], {"block": block})
 
     @staticmethod
     def fits(c: DecoderConfig) -> bool:
