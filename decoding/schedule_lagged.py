@@ -6,6 +6,7 @@ tokens, probabilities, clocks. Legend: schedule_aware.py's.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -17,17 +18,16 @@ from engines.sps import STEP, Sps
 from .schedule import RoundLoad, RoundState
 from .schedule_aware import LoadAware, descending, first, top_k
 
-POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped
+POOL, POOL_OF_PROBES = 24, 6  # past blocks that a budget is searched on, at least; while the draft is skipped, for each probed
 OLD = 2  # blocks of the pool that stay when the loop has run empty while the draft is skipped
 NEW = 4  # rounds with a draft until the pool is searched again
-# Rounds' worth of loss until the draft is skipped, with one request (shared by more of them), and at least: a pool of 24
-# blocks is a noisy witness, and with one request the same one for 24 rounds.
+# Rounds' worth of loss until the draft is skipped, with one request (shared by more), and at least: 24 blocks are a noisy witness.
 PATIENCE, LEAST_PATIENCE = 1.0, 0.2
-# Gain over plain decoding under which a round counts as a loss, and from which the draft is taken up again: the
-# search's best is the luckiest of many, so a promise of 1.00 means less than that.
-LOW, HIGH = 1.02, 1.04
+# Gain over plain decoding under which a round counts as a loss; and the draft is taken up again from 1 + LUCK / sqrt(blocks
+# searched) on: the search's best is the luckiest of many, the more so the fewer blocks it saw.
+LOW, LUCK = 1.02, 0.17
 FRESH, ALIKE = 32, 8  # rounds without a draft for which one search holds, while the requests change by less than an eighth
-PROBE = 2  # requests that a probe drafts for
+PROBE, PROMISING = 2, 1.04  # requests that a probe drafts for; gain of their blocks that has the next one come soon
 FIRST_WAIT, LONGEST_WAIT = 4, 64  # rounds between two probes; doubled after each that does not pay
 POINTS = 512  # budgets that a search looks at, about: with more candidates every second, third, ..
 MANY = 256  # survivals from which a pool is sorted in 16 bits (numpy's radix sort: a quarter of the time)
@@ -76,7 +76,7 @@ class Lagged(LoadAware):
         self._last: ndarray | None = None  # the newest
         self._gained: dict[bool, ndarray] = {}  # sums() of the pool, with and without depths, once they are asked for
         self._skipping, self._loss, self._wait, self._since = False, 0.0, FIRST_WAIT, 0
-        self._drafted, self._audit = 0, FIRST_AUDIT
+        self._drafted, self._audit, self._requests = 0, FIRST_AUDIT, 1
         self._bias = [8.0, 8.0]  # decayed: tokens accepted, tokens that the survivals had promised
         self._promised = 0.0
         self._found: tuple | None = None  # the last search and its load
@@ -96,6 +96,7 @@ class Lagged(LoadAware):
 
     def draft(self, load: RoundLoad) -> int:
         R, self.probing, self._paused = load.requests, False, self._skipping
+        self._requests = max(R, 1)
         self.expect(True, None)
         if not R or not self._pool:
             return R
@@ -105,7 +106,7 @@ class Lagged(LoadAware):
             if self._loss < max(PATIENCE / R, LEAST_PATIENCE):
                 return 0 if self._audited(load) else R
             self._skipping, self._wait, self._since, self._promised_for = True, FIRST_WAIT, 0, None
-        elif gain > HIGH:
+        elif gain > 1.0 + LUCK / math.sqrt(self._pooled):
             self._skipping, self._loss = False, 0.0
             return R
         self._since += 1
@@ -157,7 +158,7 @@ class Lagged(LoadAware):
         K = np.arange(n + 1)
         pads = slot_ms > 0
         theta = (sums(survival, pads) + R) / (costs + padding(slot_ms, R, survival.shape[1], K) if pads else costs)
-        return float(theta.max()) * plain_ms > HIGH * R
+        return float(theta.max()) * plain_ms > PROMISING * R
 
     def _search(self, R: int, plain: int, prefill: int, context: float) -> _Plan:
         key = R, plain, prefill, int(context / STEP + 0.5)
@@ -235,7 +236,7 @@ class Lagged(LoadAware):
             self._pool.append(self._last)
             self._pooled += len(self._last)
             self._new += len(self._last)
-            most = POOL_OF_PROBES if self._skipping else POOL
+            most = POOL_OF_PROBES * min(self._requests, PROBE) if self._skipping else POOL
             while self._pooled - len(self._pool[0]) >= most:
                 self._pooled -= len(self._pool.popleft())
             self._gained = {}
