@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from onnx import helper
@@ -13,7 +17,7 @@ from export.lower_onnxruntime import lower
 from export.quantize import quantize, quantize_blocks
 from export.runner import MASKED
 from tests.export.test_lower_native import expected
-from tests.kernels import runner_of
+from tests.kernels import kernels, runner_of
 from tests.tiny import make_draft, make_target
 from training.checkpoint import load_draft
 
@@ -66,6 +70,34 @@ def test_of_equal_logits_the_first_is_taken_wherever_the_row_is_cut(tmp_path):
     assert none["draft_tokens"].shape == (0, 1) and none["markov_embeddings"].shape == (0, 1, RANK)
     with pytest.raises(Exception, match=r"GreedyMarkov: the token before slot 0 is 90; it must lie in 0\.\.89\."):
         run(base_logits=base[:1], anchor_ids=np.array([VOCAB]))
+
+
+SCRIPT = """
+import sys, numpy as np, onnxruntime as ort
+from pathlib import Path
+from engines.native import register
+options = ort.SessionOptions()
+register(options, Path(sys.argv[1]))
+session = ort.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+np.savez(sys.argv[4], *session.run(None, dict(np.load(sys.argv[3]))))
+"""
+
+
+def test_both_instruction_sets_draft_the_same_tokens(tmp_path):
+    """On a CPU without AVX-512 VNNI the two are one."""
+    rng, V_d = np.random.default_rng(0), 1100
+    shapes = (RANK, V_d), (V_d, RANK), (9, 4, V_d)
+    weight, embeddings, base = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    greedy_runner(tmp_path, weight, embeddings, np.zeros(0, np.int64), 4)
+    np.savez(tmp_path / "feeds.npz", base_logits=base, anchor_ids=rng.integers(0, V_d, 9))
+    results = []
+    for name, env in (("wide", {}), ("narrow", {"DSPARK_KERNELS_AVX2": "1"})):
+        files = (kernels(), tmp_path / "model.onnx", tmp_path / "feeds.npz", tmp_path / f"{name}.npz")
+        subprocess.run([sys.executable, "-c", SCRIPT, *map(str, files)], env=os.environ | env, check=True)
+        results.append(np.load(files[-1]))
+    assert len(results[0].files) == 3
+    for name in results[0].files:
+        np.testing.assert_array_equal(results[0][name], results[1][name])
 
 
 def backbone(folder, R: int, C: int):
