@@ -192,25 +192,8 @@ class Loop:
             self.scheduler.timed(1e3 * spent.draft, 1e3 * (perf_counter() - started - spent.draft))  # the host's part too
         if not self.observers:
             return
-        decode, accepted, none = np.array(decode), np.array(self._accepted), np.zeros(len(decode), np.int64)
-        verified = none if draft is None else draft.num_draft
-        wide = lambda a: None if a is None else draft.spread(a)[decode]
-        trace = RoundTrace(
-            ids=[s.request.id for s, d in zip(self._rows, decode) if d],
-            drafted=none[decode] > 0 if draft is None else draft.drafted[decode],
-            confidence_logits=None if draft is None else wide(draft.confidence_logits),
-            survival=None if draft is None else wide(draft.survival),
-            verified=verified[decode],
-            accepted=accepted[decode],
-            temperature=np.array([s.temperature for s, d in zip(self._rows, decode) if d], np.float32),
-            draft_seconds=spent.draft,
-            schedule_seconds=spent.schedule,
-            target_seconds=spent.target,
-            verify_seconds=spent.verify,
-            host_seconds=perf_counter() - started - sum(spent),
-            budget=int(verified.sum()),
-            tokens=tokens,
-        )
+        host = perf_counter() - started - sum(spent)
+        trace = RoundTrace.of_step(self._rows, decode, draft, self._accepted, spent, host, tokens)
         for observer in self.observers:
             observer.round(trace)
 

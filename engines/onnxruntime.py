@@ -118,8 +118,9 @@ class OnnxRuntimeEngines:
 def session_options(
     threads: int, log_severity: int = 3, library: Path | None = None, *, spin_us: int = SPIN_US
 ) -> ort.SessionOptions:
-    """`threads` intra-op threads, one operator at a time. Five sessions share the cores: an idle thread spins for
-    `spin_us`, long enough for the next operator, too short to be in the way of the next session. `log_severity` 3 = errors only, 2 = warnings too. library: the bundle's operators."""
+    """`threads` intra-op threads, one operator at a time. Five sessions share the cores: an idle thread spins for `spin_us`, long
+    enough for the next operator, too short to be in the way of the next session. `log_severity` 3 = errors only, 2 = warnings
+    too. library: the bundle's operators."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = log_severity

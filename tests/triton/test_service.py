@@ -213,7 +213,7 @@ def test_two_instances_answer_control_calls_for_each_other(service, alone, tmp_p
 def test_heartbeats_while_waiting(service):
     each, sinks = service(), [Sink() for _ in range(3)]
     for sink in sinks:
-        each.submit(IDS, params(1200, speculative=False), sink)
+        each.submit(IDS, params(4000, speculative=False), sink)  # longer than until the first heartbeat
     wait_until(lambda: sinks[2].rounds, "a heartbeat")
     assert len(sinks[2].rounds[0].output_ids) == 0 and sinks[2].rounds[0].finish_reason == ""
     each.close()
