@@ -31,7 +31,7 @@ from .caches import ROOM, STEP, Caches
 from .session import LASTING_ROWS, Graph
 from .specs import masks_of
 
-SPIN_US, DRAFT_SPIN_US = 200, 30  # of the target's idle threads, of the other sessions'
+SPIN_US, DRAFT_SPIN_US = 200, 30  # an idle thread of the target's session, of the others'
 # Rows of one verify call, as float32: what one step of the graph hands to the next stays in the second-level cache
 # (16 rows of 49,152; with 112 a drawn row takes 1.3 to 2 times as long).
 VERIFY_BYTES = 3 << 20
