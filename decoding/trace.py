@@ -61,6 +61,8 @@ class RoundTrace:
             drafted, verified, logits, survival = draft.drafted, draft.num_draft, draft.confidence_logits, draft.survival
             if logits is not None and (len(logits) < R or not drafted.all()):
                 logits, survival = draft.spread(logits), draft.spread(survival)
+            elif logits is not None:
+                logits = logits.copy()  # the engine will write there again
         return cls(
             ids=[s.request.id for s, d in zip(rows, decode) if d],
             drafted=drafted[at],

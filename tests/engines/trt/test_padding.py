@@ -23,7 +23,8 @@ def test_a_wider_target_pass_is_the_same(plain):
     tokens, lengths, wanted = [[5, 6, 7], [8], [9] * 5], np.zeros(3, np.int64), np.array([2, 1, 5])
     plain.ensure_capacity(3, 40)
     batch, _, _ = pack_target(tokens, lengths, wanted, plain.target_capacity, 512)
-    want = [array.copy() for array in plain.target(batch).__dict__.values()]
+    alone = plain.target(batch)
+    want = alone.logits.copy(), alone.features.copy()
     padded = pad_target(batch, PROFILES["target"][2])
     assert (len(padded.token_ids), padded.pad_index.shape, len(padded.logit_rows)) == (10, (3, 8), 8)
     got = plain.target(padded)
