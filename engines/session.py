@@ -85,10 +85,11 @@ class Graph:
         if self.caches is not None:
             key = (first_row, sizes["R"])
             check_rows(self.name, first_row, sizes, self.caches.rows, self.caches.capacity)
-        if len(self._seen) >= 4 * MANY:
+        if len(self._seen) >= 4 * MANY or len(self._often) >= MANY:  # yesterday's sizes make room; today's are soon back
+            self._often.clear()
             self._seen.clear()
         self._seen[call] = seen = self._seen.get(call, 0) + 1
-        if seen <= OFTEN or len(self._often) >= MANY:
+        if seen <= OFTEN:
             binding = self._bindings.get(key) or self._binding(*key)
             self._bindings[key] = binding
             return binding, self._outputs(binding, sizes)
