@@ -8,6 +8,7 @@ gradients.py); by gloo between CPUs, by NCCL between GPUs.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -36,12 +37,19 @@ class Ranks:
                 raise ValueError(f"device is 'cuda'; process {mine} of this machine finds {gpus} GPUs.")
             torch.cuda.set_device(mine)
         if size > 1 and not dist.is_initialized():
+            # Its functions have the group of the moment they are imported as a default: imported later, as transformers
+            # does, they would keep it, and its threads, past leave().
+            from torch.distributed import nn  # noqa: F401
+
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         return cls(number("RANK", 0), size, number("LOCAL_WORLD_SIZE", size))
 
     def leave(self) -> None:
+        """Ends the group's threads too: one that gives back a tensor while Python ends would abort the process. FSDP2 keeps
+        its group, and so its threads, for good; they get time to give back what they hold."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(0.2)
 
     @property
     def first(self) -> bool:

@@ -65,3 +65,5 @@ moments = [kept["exp_avg"] for kept in trainer.optimizer.state_dict()["state"].v
 kept = sum((m.to_local() if hasattr(m, "to_local") else m).numel() for m in moments)
 print(f"kept: {kept} of {sum(p.numel() for p in trainer.parameters)} numbers of the optimiser's state", flush=True)
 ranks.leave()
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print(f"left behind: {sorted(name for name in names if 'gloo' in name)}", flush=True)
