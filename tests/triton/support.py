@@ -133,12 +133,20 @@ class Shared:
     def release(self) -> None:
         self.users -= 1
         if not self.users:
+            died = "" if self.server is None or self.server.alive else last_words(self.server)
             if self.server is not None:
                 self.server.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
+            assert not died, died
 
 
 SHARED = Shared()
+
+
+def last_words(server: TritonServer, lines: int = 60) -> str:
+    """Of a server that has died: how, and the end of its log."""
+    said = server.log.read_text(errors="replace").splitlines()[-lines:]
+    return "\n".join([f"tritonserver ended with code {server.process.returncode}; the end of its log:", *said])
 
 
 def tiny_server(bundle: Path, build_dir: Path, placement: Placement = Placement(), **settings) -> TritonServer:
