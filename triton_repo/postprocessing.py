@@ -13,14 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from .responses import Round
-from .tensors import one
 from .text import TextStream, load_vocabulary
 
 log = logging.getLogger(__name__)
 
+Value = str | int | float | list
 MAX_STREAMS = 65536  # streams whose end never came (the engine's process died) must not pile up
 
 
@@ -49,8 +47,9 @@ class Postprocessor:
         self._stop = stop
         self._streams: dict[int, _Stream] = {}
 
-    def __call__(self, r: Round, *, cancelled: bool) -> dict[str, np.ndarray] | None:
-        """One round in -> the response's tensors, or None when the client gets nothing for this round.
+    def __call__(self, r: Round, *, cancelled: bool) -> dict[str, Value] | None:
+        """One round in -> the response's values by the names of description.USER_OUTPUTS, or None when the client gets
+        nothing for this round.
 
         A response has finish_reason "" until the last one; after a stop word no text and no tokens follow.
         """
@@ -90,7 +89,7 @@ class Postprocessor:
         stream.index += 1
         return response
 
-    def give_up(self, r: Round) -> dict[str, np.ndarray]:
+    def give_up(self, r: Round) -> dict[str, Value]:
         """Ends a request whose text could not be made: finish_reason error; its later rounds are dropped."""
         stream = self._streams.pop(r.uid, None) or _Stream(TextStream(None, ()), stream=True)
         if not r.finish_reason:
@@ -111,21 +110,21 @@ class Postprocessor:
         return stream
 
     @staticmethod
-    def _response(stream: _Stream, r: Round, text: str, ids: list, log_probs: list, reason: str) -> dict:
+    def _response(stream: _Stream, r: Round, text: str, ids: list, log_probs: list, reason: str) -> dict[str, Value]:
         """r: the round whose totals are shown."""
         accepted = sum(r.accepted_per_position)
         return {
-            "text_output": one(text, np.object_),
-            "output_ids": np.array(ids, np.int32),
-            "finish_reason": one(reason, np.object_),
-            "index": one(stream.index, np.int32),
-            "num_input_tokens": one(r.num_input_tokens, np.int32),
-            "num_output_tokens": one(stream.tokens, np.int32),
-            "num_rounds": one(r.num_rounds, np.int32),
-            "total_draft_tokens": one(r.total_draft_tokens, np.int32),
-            "total_accepted_draft_tokens": one(accepted, np.int32),
-            "accepted_per_position": np.array(r.accepted_per_position, np.int32),
-            "acceptance_rate": one(accepted / r.total_draft_tokens if r.total_draft_tokens else 0.0, np.float32),
-            "output_log_probs": np.array(log_probs, np.float32),
-            "cum_log_probs": one(stream.cum_log_probs, np.float32),
+            "text_output": text,
+            "output_ids": ids,
+            "finish_reason": reason,
+            "index": stream.index,
+            "num_input_tokens": r.num_input_tokens,
+            "num_output_tokens": stream.tokens,
+            "num_rounds": r.num_rounds,
+            "total_draft_tokens": r.total_draft_tokens,
+            "total_accepted_draft_tokens": accepted,
+            "accepted_per_position": r.accepted_per_position,
+            "acceptance_rate": accepted / r.total_draft_tokens if r.total_draft_tokens else 0.0,
+            "output_log_probs": log_probs,
+            "cum_log_probs": stream.cum_log_probs,
         }

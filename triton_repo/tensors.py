@@ -6,7 +6,8 @@ Knows: numpy and the tensor names of description.py. Refuses to know: what a val
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from collections.abc import Collection
+from dataclasses import fields
 
 import numpy as np
 from decoding.request import RequestError, SamplingParams
@@ -14,6 +15,8 @@ from decoding.request import RequestError, SamplingParams
 from .responses import Round
 
 DEFAULT_MAX_TOKENS = 256
+NUMPY = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32}
+KEPT = 1024  # tensors of a Writer
 FIELDS = {field.name for field in fields(SamplingParams)}
 
 
@@ -33,6 +36,37 @@ def read(pb_utils, request, names: list[str]) -> dict[str, np.ndarray]:
 
 def write(pb_utils, arrays: dict[str, np.ndarray]) -> list:
     return [pb_utils.Tensor(name, array) for name, array in arrays.items()]
+
+
+class Writer:
+    """Values to Triton tensors: a scalar to [1], a list to [n]. A tensor costs some 10 us between two target passes, and most
+    of a response's are small numbers that come again: those are made once. No response's tensor is ever written to.
+
+    outputs: description.Tensor of each name. rare: names whose values seldom come again (but "" and 0 do).
+    """
+
+    def __init__(self, pb_utils, outputs, rare: Collection[str] = ()):
+        self._make = pb_utils.Tensor
+        self._kinds = {t.name: (NUMPY[t.dtype], t.name not in rare) for t in outputs}
+        self._made: dict[tuple, object] = {}
+
+    def __call__(self, values: dict[str, object]) -> list:
+        return [self._tensor(name, value) for name, value in values.items()]
+
+    def _tensor(self, name: str, value):
+        dtype, comes_again = self._kinds[name]
+        if isinstance(value, list):
+            if value:
+                return self._make(name, np.array(value, dtype))
+            value = ()
+        if value and not comes_again:
+            return self._make(name, one(value, dtype))
+        if (made := self._made.get((name, value))) is None:
+            if len(self._made) >= KEPT:
+                self._made.clear()
+            made = self._make(name, np.zeros(0, dtype) if value == () else one(value, dtype))
+            self._made[name, value] = made
+        return made
 
 
 def sentence(error: Exception | str) -> str:
@@ -62,7 +96,7 @@ def stop_arrays(uid: int) -> dict[str, np.ndarray]:
 
 def pack_params(params: SamplingParams) -> np.ndarray:
     """SamplingParams as dspark's input: a JSON object of its fields."""
-    return one(json.dumps({name: value for name, value in asdict(params).items() if value is not None}), np.object_)
+    return one(json.dumps({name: value for name, value in vars(params).items() if value is not None}), np.object_)
 
 
 def engine_request(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], SamplingParams]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 
 from tests.triton.support import END
 from triton_repo.postprocessing import Postprocessor
 from triton_repo.responses import Round
-from triton_repo.tensors import pack_round, unpack_round
+from triton_repo.description import USER_OUTPUTS
+from triton_repo.tensors import KEPT, Writer, pack_round, unpack_round
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def a_round(uid, index, ids, reason="", *, stream=True, stop_words=(), log_probs
 
 
 def said(response) -> tuple[str, list[int], str]:
-    return response["text_output"][0].decode(), response["output_ids"].tolist(), response["finish_reason"][0].decode()
+    return response["text_output"], response["output_ids"], response["finish_reason"]
 
 
 def cut(ids, seed):
@@ -73,7 +75,7 @@ def test_any_cut_gives_the_same_text(post, alone, text):
         assert "".join(said(r)[0] for r in responses) == text
         assert [t for r in responses for t in said(r)[1]] == ids
         assert all("\ufffd" not in said(r)[0] for r in responses)
-        assert [int(r["index"][0]) for r in responses] == list(range(len(responses)))
+        assert [r["index"] for r in responses] == list(range(len(responses)))
 
 
 def test_two_streams_do_not_mix(post, alone):
@@ -98,16 +100,16 @@ def test_a_stop_word_for_any_cut(post, alone, stopped):
         assert "".join(said(r)[0] for r in responses) == "the quick 世界 "
         assert [t for r in responses for t in said(r)[1]] == ids[:used]
         assert said(responses[-1])[2] == "stop" and stopped == [seed]  # told once
-        assert int(responses[-1]["num_output_tokens"][0]) == used
+        assert responses[-1]["num_output_tokens"] == used
 
 
 def test_the_statistics_stay_those_of_the_stop(post, alone):
     ids = alone.chat.encode("stop here and not later on in the text")
     responses = feed(post, 1, [[i] for i in ids], stop_words=["here"])
     rounds = next(n for n in range(len(ids)) if "here" in alone.text(ids[:n])) - 1
-    assert int(responses[-1]["num_rounds"][0]) == rounds
-    assert int(responses[-1]["total_draft_tokens"][0]) == 4 * rounds
-    assert responses[-1]["acceptance_rate"][0] == pytest.approx(0.25)
+    assert responses[-1]["num_rounds"] == rounds
+    assert responses[-1]["total_draft_tokens"] == 4 * rounds
+    assert responses[-1]["acceptance_rate"] == pytest.approx(0.25)
 
 
 def test_a_stop_word_in_the_last_round_needs_no_call(post, alone, stopped):
@@ -139,7 +141,7 @@ def test_one_response_when_not_streaming(post, alone):
     ids = alone.chat.encode("in one piece, 世界")
     (response,) = feed(post, 1, cut(ids, 3), stream=False)
     assert said(response) == ("in one piece, 世界", ids, "length")
-    assert int(response["num_output_tokens"][0]) == len(ids)
+    assert response["num_output_tokens"] == len(ids)
 
 
 def test_heartbeats_say_nothing_but_notice_who_left(post, stopped):
@@ -180,8 +182,43 @@ def test_log_probs_stay_with_their_tokens(post, alone):
             at += len(part)
             if response := post(r, cancelled=False):
                 assert len(response["output_log_probs"]) == len(response["output_ids"])
-                got += response["output_log_probs"].tolist()
-                cum.append((float(response["cum_log_probs"][0]), len(got)))
+                got += response["output_log_probs"]
+                cum.append((response["cum_log_probs"], len(got)))
         assert got == every[:count]
         assert all(total == sum(every[:n]) for total, n in cum)
-    assert feed(post, 9, [ids])[0]["output_log_probs"].tolist() == []
+    assert feed(post, 9, [ids])[0]["output_log_probs"] == []
+
+
+class Tensors:
+    """Stands for the python backend: counts the tensors that are made."""
+
+    made = 0
+
+    def Tensor(self, name, array):
+        self.made += 1
+        return name, array
+
+
+def test_tensors_of_values_that_come_again_are_made_once(post, alone):
+    backend, ids = Tensors(), alone.chat.encode("one two three")
+    writer = Writer(backend, USER_OUTPUTS, rare=("text_output", "cum_log_probs"))
+    values = post(a_round(1, 0, ids), cancelled=False)
+    written = dict(writer(values))
+    kinds = {"STRING": object, "INT32": np.int32, "FP32": np.float32}
+    for t in USER_OUTPUTS:
+        assert written[t.name].dtype == kinds[t.dtype], t.name
+        assert len(written[t.name]) == (1 if t.dims == (1,) else len(values[t.name]))
+    assert written["text_output"][0].decode() == "one two three" and written["output_ids"].tolist() == ids
+    assert written["finish_reason"][0] == b"" and written["output_log_probs"].tolist() == []
+    before = backend.made
+    again = dict(writer(values))
+    assert backend.made == before + 3, "the text, and the two lists that are not empty"
+    assert all((again[name] == written[name]).all() for name in written)
+
+
+def test_a_writer_keeps_a_bounded_number_of_tensors():
+    writer = Writer(Tensors(), USER_OUTPUTS)
+    for i in range(3 * KEPT):
+        (name, array), (_, zero) = writer({"index": i, "acceptance_rate": 0.0})
+        assert array.tolist() == [i] and zero.dtype == np.float32
+        assert len(writer._made) <= KEPT

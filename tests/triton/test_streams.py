@@ -13,7 +13,7 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from client import Client, ClientError
-from triton_repo.families import FAMILIES, PHASES
+from triton_repo.families import COUNTER, FAMILIES, HISTOGRAM, PHASES
 from tests.triton.support import emitted, in_flight, settled_metrics, wait_until
 
 PROMPTS = [f"{word} {i}" for i, word in enumerate(("fox", "世界", "🚀 emoji", "мир") * 4)]
@@ -176,9 +176,12 @@ def test_metrics(client, server):
 def test_every_documented_family_is_on_the_page(server):
     with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=5) as page:
         text = page.read().decode()
-    for f in FAMILIES:
-        assert f"# HELP {f.name} {f.help}\n" in text and f"# TYPE {f.name} {f.kind}\n" in text
-    assert {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE dspark_")} == {f.name for f in FAMILIES}
+    parts = {HISTOGRAM: ("_bucket", "_sum", "_count")}  # of a histogram: three counters
+    want = {f.name + part: f for f in FAMILIES for part in parts.get(f.kind, ("",))}
+    for name, f in want.items():
+        assert f"# HELP {name} {f.help}\n" in text
+        assert f"# TYPE {name} {COUNTER if f.kind == HISTOGRAM else f.kind}\n" in text
+    assert {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE dspark_")} == set(want)
 
 
 def test_http_refusal_is_a_status_and_a_sentence(server):

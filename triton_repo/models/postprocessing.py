@@ -10,11 +10,11 @@ import time
 import traceback
 
 import triton_python_backend_utils as pb_utils
-from triton_repo.description import ENGINE
+from triton_repo.description import ENGINE, USER_OUTPUTS
 from triton_repo.ledger import Ledger, ledger_file
 from triton_repo.postprocessing import Postprocessor
 from triton_repo.repository import bundle_folder
-from triton_repo.tensors import stop_arrays, unpack_round, write
+from triton_repo.tensors import Writer, stop_arrays, unpack_round, write
 
 # Seconds between two questions whether a request's client has left (each is a message to the server and back): at
 # least the first, and the second for each request.
@@ -27,6 +27,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         bundle = bundle_folder(args["model_repository"], config["parameters"]["bundle"]["string_value"])
         self.postprocessor = Postprocessor(bundle, self.stop)
+        self.tensors = Writer(pb_utils, USER_OUTPUTS, rare=("text_output", "acceptance_rate", "cum_log_probs"))
         self.ledger = None  # dspark makes it
         self.asked = {}  # uid: when
 
@@ -42,7 +43,7 @@ class TritonPythonModel:
             if response is None:
                 sender.send(flags=FINAL)
             else:
-                sender.send(pb_utils.InferenceResponse(output_tensors=write(pb_utils, response)), flags=FINAL)
+                sender.send(pb_utils.InferenceResponse(output_tensors=self.tensors(response)), flags=FINAL)
             if self.ledger is None:
                 self.ledger = Ledger(ledger_file(os.getppid()), make=False)
             self.ledger.write(r.uid, r.index + 1)
