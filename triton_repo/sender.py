@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.25
 WINDOW = 4  # rounds of one request on their way to postprocessing; what comes meanwhile goes out as one
-PATIENCE = 2  # at most so many times a burst's own pace is it put off
 SHORT_WAIT, LONG_WAIT = 0.005, 0.1  # seconds between two looks of the sender: with something held back, with nothing
 
 
@@ -55,10 +54,10 @@ class Sender:
     Step), ("failed", uids, message[, reason]), ("close",).
 
     Responses go out in bursts, one for every request that has new tokens; its first and its last tokens never wait.
-    A response costs four processes 2 ms of CPU in all, which the rounds want too: so each, a first or a last one as well,
-    puts the next burst off by interval / cores seconds, to 1 / interval responses a second and core. A burst waits for
-    `interval` at least, and PATIENCE times the pace of its requests at most. progress: of requests with settings, which
-    keep at most WINDOW rounds under way; forget(uid): its last response is out; cancel(uid): somebody asked for its end.
+    interval: least seconds between two bursts with up to `cores` requests that are being answered; with more it grows
+    in proportion. A response costs four processes 2 to 3 ms of CPU in all, which the rounds want too: so never more
+    than 1 / interval of them a second and core. progress: of requests with settings, which keep at most WINDOW rounds
+    under way; forget(uid): its last response is out; cancel(uid): somebody asked for its end.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class Sender:
     def _catch_up(self, tallies: dict[int, _Tally]) -> None:
         """Sends what is held for the requests whose earlier rounds have been handled, and whose time has come."""
         now = time.monotonic()
-        due, burst, urgent = now >= self.due, 0, 0
+        due, sent = now >= self.due, False
         for uid, tally in list(tallies.items()):
             if self._progress is not None and self._progress.stopped(uid):
                 self._cancel(uid)
@@ -161,23 +160,14 @@ class Sender:
                 continue
             if not (due or tally.urgent):
                 continue
-            reason = tally.held_reason
-            urgent, burst = urgent + tally.urgent, burst + (not tally.urgent)
+            reason, sent = tally.held_reason, True
             self._respond(uid, tally, reason)
             if reason:
                 del tallies[uid]
-        if burst or urgent:
-            self.due = self.next_due(now, burst, urgent, sum(t.begun for t in tallies.values()))
-
-    def next_due(self, now: float, burst: int, urgent: int, requests: int) -> float:
-        """When the next burst may go out, after `burst` responses that had waited and `urgent` ones that had not; requests: being
-        answered."""
-        cost = (burst + urgent) * self._interval / self._cores
-        due = now + max(self._interval, cost) if burst else max(now, self.due) + cost
-        return min(due, now + PATIENCE * self.pace(requests))
+        if due and sent:
+            self.due = now + self.pace(sum(t.begun for t in tallies.values()))
 
     def pace(self, requests: int) -> float:
-        """Seconds between two bursts of so many requests."""
         return self._interval * max(1.0, requests / self._cores)
 
     def _under_way(self, uid: int, tally: _Tally) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.triton.support import END
+from triton_repo.description import USER_OUTPUTS
 from triton_repo.postprocessing import Postprocessor
 from triton_repo.responses import Round
-from triton_repo.description import USER_OUTPUTS
 from triton_repo.tensors import KEPT, Writer, pack_round, unpack_round
 
 

@@ -137,23 +137,6 @@ def test_the_interval_grows_with_the_requests_a_core(service, requests, cores, s
     assert service(interval=0.05, cores=cores)._sender.pace(requests) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(
-    "burst, urgent, requests, due, seconds",
-    [
-        (8, 0, 8, 0.0, 0.2),  # a burst of its own costs its pace
-        (1, 0, 1, 0.0, 0.05),
-        (0, 2, 8, 0.1, 0.15),  # first and last tokens are paid for by the next burst
-        (0, 2, 8, -9.0, 0.05),
-        (8, 4, 8, 0.0, 0.3),
-        (0, 2, 8, 0.39, 0.4),  # twice its pace at most
-    ],
-)
-def test_every_response_puts_the_next_burst_off(service, burst, urgent, requests, due, seconds):
-    sender = service(interval=0.05, cores=2)._sender
-    sender.due = 100.0 + due
-    assert sender.next_due(100.0, burst, urgent, requests) == pytest.approx(100.0 + seconds)
-
-
 def test_the_sender_sleeps_through_rounds_that_nobody_waits_for(service):
     each, sink, looks = service(interval=1000.0), Sink(), []
     news = each._sender._news

@@ -53,7 +53,7 @@ class TritonPythonModel:
         if r.finish_reason:
             self.asked.pop(r.uid, None)
             return False  # it is over: nothing to stop
-        if now - self.asked.get(r.uid, 0.0) < max(ASK_SECONDS, ASK_SHARE * len(self.asked)):
+        if now - self.asked.setdefault(r.uid, now) < max(ASK_SECONDS, ASK_SHARE * len(self.asked)):
             return False
         self.asked[r.uid] = now
         return request.is_cancelled()
