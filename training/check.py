@@ -108,15 +108,7 @@ def verify_pair(report: Report, opened: StoredDraft, target: DecoderConfig, raw:
             report.add(
                 FAILED, f"the draft was made for another target: its {name} is {ours}, the target's is {theirs}."
             )
-    last = target.num_hidden_layers - 1
-    if last in c.target_layer_ids and c.kind != "mtp":
-        report.add(
-            WARNING,
-            f"target_layer_ids holds {last}, the last layer, whose output some trainers store after the final norm "
-            "and others before it; this project reads it before.",
-        )
-    else:
-        report.add(OK, f"layer ids {list(c.target_layer_ids)} of the target's {target.num_hidden_layers} layers.")
+    report.add(OK, f"layer ids {list(c.target_layer_ids)} of the target's {target.num_hidden_layers} layers.")
     pruned = "the whole vocabulary" if c.draft_vocab_size is None else f"{c.vocab_out} of {c.decoder.vocab_size} tokens"
     report.add(OK, f"draft vocabulary: {pruned}.")
     if not parallel:

@@ -106,7 +106,7 @@ def test_a_whole_head_passes(kind, target_folder, trained, prompts):
     assert not any(level == WARNING for level, _ in report.findings), said
 
 
-OFFSETS = [("eagle3", [2, 4], [1, 3]), ("mtp", [4], [5])]
+OFFSETS = [("eagle3", [2, 4], [1, 3]), ("eagle3", [0, 2], [1, 3]), ("mtp", [4], [5])]
 
 
 @pytest.mark.parametrize("kind, ids, right", OFFSETS)
