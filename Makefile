@@ -107,7 +107,7 @@ calibrate: $(NEEDS) ## rollouts of BUNDLE, temperatures of its confidence head f
 	@$(PY) -m training calibrate --rollouts $(CALIBRATION)/rollouts.npz --out $(CALIBRATION)
 	@$(PY) -m engines calibrate --bundle $(BUNDLE) --calibration $(CALIBRATION)/calibration.json
 
-bench: $(NEEDS) ## throughput and latency by mode, users and kind of prompt, in process and over gRPC (half an hour; QUICK=1: 6 minutes)
+bench: $(NEEDS) ## throughput and latency by mode, users and kind of prompt, in process and over gRPC (half an hour; QUICK=1: 5 minutes)
 	@$(PY) -m benchmarks.bench $(BUNDLE_ARGS) $(if $(filter-out 0,$(QUICK)),--quick) $(foreach file,$(PROMPTS),--prompts $(file)) $(ON) $(ARGS)
 
 scheduling: $(NEEDS) ## time of one scheduling decision, and the host's share of a round (2 minutes)
